@@ -1,0 +1,172 @@
+"""Run folders, log.jsonl, progress, and one clear line instead of a traceback for bad input."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common.splits import UserError
+
+
+def clear_errors(main):
+    """Decorator of a script's main: bad input ends in one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def run(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return run
+
+
+def new_run(script: str, output: str | None, rank: int = 0) -> Path:
+    """--output, which must be empty or absent, or the next free runs/SCRIPT-NNN. Raises UserError."""
+    if rank:  # only the first process writes
+        return Path(output or "runs")
+    if output:
+        folder = Path(output)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"--output {folder} is not empty; name another folder, or continue with --resume {folder}"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    Path("runs").mkdir(exist_ok=True)
+    for n in range(1, 100_000):
+        folder = Path("runs") / f"{script}-{n:03d}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
+
+
+def find_run(script: str, recipe: dict) -> Path | None:
+    """The newest runs/SCRIPT-NNN with a checkpoint and equal mathematics (--resume auto)."""
+    folders = sorted(Path("runs").glob(f"{script}-*"), key=os.path.getmtime, reverse=True)
+    for folder in folders:
+        with_checkpoint = any((folder / n).exists() for n in ("checkpoint.pt", "checkpoint.prev.pt"))
+        if with_checkpoint and read_log(folder)[0].get("recipe") == recipe:
+            return folder
+    return None
+
+
+def read_log(folder: Path) -> list[dict]:
+    """All lines of a run's log.jsonl; the first holds its settings. Raises UserError."""
+    path = Path(folder) / "log.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not the log of a run: {error}") from None
+
+
+def versions() -> dict:
+    """What a number depends on: Python, the libraries, the commit, the hardware."""
+    root = Path(__file__).resolve().parent
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+        commit = commit.strip() + ("+changes" if dirty.stdout.strip() else "")
+    except OSError:
+        commit = ""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    libraries = {n: version(n) for n in ("torch", "torchvision", "timm", "numpy")}
+    hardware = gpu or f"cpu, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    return {"python": sys.version.split()[0], **libraries, "commit": commit or None, "hardware": hardware}
+
+
+class RunLog:
+    """log.jsonl and the terminal; on every process but the first it does nothing.
+
+    A checkpoint stores `size`; a resumed run cuts the file back to it, so the log has no gap and no
+    repetition. Numbers between two prints are kept on the device and averaged when printed: the only
+    moment at which the host waits for it.
+    """
+
+    def __init__(self, folder: Path, size: int | None, enabled: bool = True):
+        self.file, self.bar, self.kept = None, None, []
+        if enabled:
+            self.file = open(folder / "log.jsonl", "ab")
+            if size is not None:
+                self.file.truncate(size)
+        self.started = self.waited = 0.0
+
+    @property
+    def size(self) -> int:
+        return self.file.tell() if self.file else 0
+
+    def write(self, line: dict):
+        if self.file:
+            self.file.write(json.dumps(line).encode() + b"\n")
+            self.file.flush()
+
+    def say(self, text: str):
+        if self.file:
+            tqdm.write(text) if self.bar is not None and not self.bar.disable else print(text, flush=True)
+
+    def start(self, stage: str, step: int, steps: int, kept: list):
+        """A stage begins, or goes on, at `step` of `steps`; kept: `unprinted` of the checkpoint."""
+        shown = self.file is not None and sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=step, desc=stage, disable=not shown, leave=False)
+        self.kept, self.waited, self.started = list(kept), 0.0, time.perf_counter()
+        self.steps, self.timed = steps, 0
+
+    def wait(self, batches):
+        """Iterate over a loader, adding up the time that the step waits for data."""
+        batches = iter(batches)
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - began
+            yield batch
+
+    def add(self, numbers: dict):
+        """Keep a step's numbers (0-dim tensors, on the device)."""
+        self.kept.append({k: v.detach().float() for k, v in numbers.items()})
+        self.timed += 1
+        self.bar.update()
+
+    def unprinted(self) -> list[dict]:
+        """Numbers since the last print, for the checkpoint: the next line then averages all of them."""
+        return [{k: v.cpu() for k, v in numbers.items()} for numbers in self.kept]
+
+    def report(self, stage: str, step: int, images: int, **more):
+        """Write and print the averages since the last call, with speed, share of waiting, memory, ETA."""
+        names = list(self.kept[0])
+        stacked = torch.stack([torch.stack([k[n].cpu() for n in names]) for k in self.kept])
+        line = dict(stage=stage, step=step, **dict(zip(names, stacked.double().mean(0).tolist())), **more)
+        seconds = time.perf_counter() - self.started
+        rate = seconds / max(1, self.timed)
+        line["images_per_s"] = round(images / rate, 1)
+        line["data_wait"] = round(self.waited / seconds, 4)
+        if torch.cuda.is_available():
+            line["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        line["eta_s"] = round((self.steps - step) * rate, 1)
+        self.kept, self.timed, self.waited, self.started = [], 0, 0.0, time.perf_counter()
+        self.write(line)
+        self.say(f"{stage} {step:>6}/{self.steps}  " + "  ".join(
+            f"{k} {v:.4g}" for k, v in line.items() if k not in ("stage", "step", "bad_images") or v and k == "bad_images"))
+
+    def evaluation(self, stage: str, step: int, results: dict):
+        self.write(dict(stage=stage, step=step, **results))
+        self.say(f"{stage} {step:>6}/{self.steps}  " + "  ".join(f"{k} {v:.2f}" for k, v in results.items()))
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+        if self.file:
+            self.file.close()
