@@ -40,6 +40,7 @@ DEPARTURES below, chosen with --follow; the rest is decided as follows):
   E6  The paper does not say which weights it evaluates. Both are logged; the headline is the student.
   E7  Labelled and strong images go through the student in one forward (LayerNorm only: equal to two).
   E8  One split for all processes; the authors' code would draw another one on each.
+  E9  vit_digits is ours (width 64, depth 4): Xavier weights and a learnable position embedding.
 """
 
 import argparse
@@ -344,6 +345,8 @@ def parse_args(argv=None):
                    "ViT, a run of this project (folder), or the word timm [App. A, Table 7]")  # fmt: skip
     g.add_argument("--heads", type=int, help="attention heads; MoCo-v3's ViT-S has 12, not 6 [its authors' issue 7]")
     g.add_argument("--pool", choices=("avg", "token"), help="what the classifier reads [App. A: avg, token for Huge]")
+    g.add_argument("--pos-embed", choices=("learned", "sincos"), help="learnable, or fixed sine-cosine [App. A: learned "
+                   "with --init, else sincos]")  # fmt: skip
     g.add_argument("--follow", default="recommended", metavar="WHOM", help="recommended, paper, code, or a list such "
                    "as D3=code,D5=paper, where the two disagree [table DEPARTURES in this file]")  # fmt: skip
     g = p.add_argument_group("data")
@@ -595,6 +598,12 @@ def sincos_pos_embed(dim: int, grid: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table]).unsqueeze(0).float()
 
 
+def position_embedding(args) -> str:
+    """App. A: learnable from self-pretrained weights, fixed sine-cosine from scratch. E9: learnable for vit_digits."""
+    scratch = init_kind(args) == "scratch" and args.arch != "vit_digits"
+    return args.pos_embed or ("sincos" if scratch else "learned")
+
+
 def create(name, args, **arguments) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=args.init == "timm", **arguments)
@@ -630,9 +639,13 @@ def build_model(args, num_classes: int, drop_path: float = 0.0) -> nn.Module:
     model = create(name, args, img_size=size, global_pool=args.pool or pool, **arguments)
     with torch.no_grad():
         nn.init.trunc_normal_(model.cls_token, std=0.02)  # timm today: 1e-6; the authors' version: 0.02
+        if args.arch == "vit_digits":  # E9: at width 64 a std of 0.02 costs ten points, Xavier does not
+            for p in model.blocks.parameters():
+                if p.ndim == 2:
+                    nn.init.xavier_uniform_(p)
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
         nn.init.zeros_(model.head.bias)
-        if init_kind(args) == "scratch":
+        if position_embedding(args) == "sincos":
             table = sincos_pos_embed(model.embed_dim, model.patch_embed.grid_size[0])
             model.pos_embed.copy_(table.to(model.pos_embed.device))
             model.pos_embed.requires_grad_(False)

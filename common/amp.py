@@ -1,5 +1,7 @@
 """Device, precision, and an optimiser step that a NaN cannot pass."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,7 +19,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from None
+        raise UserError(f"--device {name}: not usable here ({reason}); try --device cpu") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -59,8 +61,8 @@ class Precision:
         self.count = self.first_bad = self.skipped = None
 
     def autocast(self):
-        """A fresh context for each forward: two that share one also share the cache of cast weights,
-        and a pass under no_grad would leave weights there which cut the next pass's gradients."""
+        """A fresh context for each forward: two that share one share its cache of cast weights, and
+        a pass under no_grad would leave weights there which cut the next pass's gradients."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def backward(self, loss: Tensor):
@@ -76,7 +78,9 @@ class Precision:
         """
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.trained = [p for p in params if p.grad is not None]
+        grads = [p.grad for p in self.trained]
         norms = torch.stack(torch._foreach_norm(grads)).float()
         values = torch.stack([v.detach().float() for v in losses.values()])
         bad_loss, bad_grad = ~values.isfinite().all(), ~norms.isfinite().all()
@@ -112,15 +116,16 @@ class Precision:
             return
         first, skipped, count = torch.stack([self.first_bad, self.skipped, self.count]).tolist()
         if first:
-            params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-            seen = self.names + ["gradient of " + names.get(p, "?") for p in params]
-            bad = [n for n, v in zip(seen, self.seen.tolist()) if v != v or v in (float("inf"), -float("inf"))]
+            seen = self.names + ["gradient of " + names.get(p, "?") for p in self.trained]
+            bad = [n for n, v in zip(seen, self.seen.tolist()) if not math.isfinite(v)]
             more = f" and {len(bad) - 6} more" if len(bad) > 6 else ""
             raise UserError(
-                f"step {done - count + first}: not finite: {', '.join(bad[:6])}{more}; the update was"
-                " skipped and no checkpoint holds it. Resume with a smaller --lr, or with --dtype fp32"
+                f"step {done - count + first}: not finite: {', '.join(bad[:6])}{more}; the update "
+                "was skipped and no checkpoint holds it. --resume with --dtype fp32, or start anew "
+                "with a smaller --lr"
             )
         if skipped >= 50:
             raise UserError(
-                f"step {done}: fp16 gradients overflowed {skipped} times in a row; use --dtype bf16 or fp32"
+                f"step {done}: fp16 gradients overflowed {skipped} times in a row; --resume with "
+                "--dtype bf16 or fp32"
             )

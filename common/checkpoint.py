@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -13,13 +14,14 @@ import torch.distributed as dist
 from common.splits import UserError
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.prev.pt"
+_broken = set()  # newest checkpoints that could not be read: the next save must not keep those
 
 
 def save(folder: Path, state: dict):
     """Write folder/checkpoint.pt, keeping the one before as checkpoint.prev.pt.
 
     At every moment a complete checkpoint exists under one of the two names: the new one is written
-    and synced beside them, then two renames move it into place. A failed write leaves nothing behind.
+    and synced beside them, then two renames move it into place. A failed write leaves nothing.
     """
     new, part = folder / NEWEST, folder / (NEWEST + ".part")
     try:
@@ -27,26 +29,33 @@ def save(folder: Path, state: dict):
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        if new.exists():
+        if new.exists() and new.resolve() not in _broken:
             os.replace(new, folder / PREVIOUS)
         os.replace(part, new)
+        _broken.discard(new.resolve())
         directory = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
         part.unlink(missing_ok=True)
         kept = next((n for n in (NEWEST, PREVIOUS) if (folder / n).exists()), None)
         state = f"{folder / kept} is intact" if kept else "there is no earlier checkpoint"
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"--output {folder}: checkpoint cannot be written ({error}); {state}. Make room, then --resume {folder}"
+            f"--output {folder}: checkpoint cannot be written ({reason}); {state}. "
+            f"Make room, then --resume {folder}"
         ) from None
 
 
-def load_newest(folder: Path) -> dict:
-    """The newest checkpoint that is whole; says so when that is not the newest. Raises UserError."""
-    (folder / (NEWEST + ".part")).unlink(missing_ok=True)
+def load_newest(folder: Path, tidy: bool = True) -> dict:
+    """The newest checkpoint that is whole; says so when that is not the newest. Raises UserError.
+
+    tidy: a half-written file that a kill left is removed; not where the run may be going on.
+    """
+    if tidy:
+        (folder / (NEWEST + ".part")).unlink(missing_ok=True)
     reasons = []
     for name in (NEWEST, PREVIOUS):
         if not (folder / name).exists():
@@ -55,6 +64,7 @@ def load_newest(folder: Path) -> dict:
             state = read(folder / name)
         except UserError as error:
             reasons.append(str(error))
+            _broken.add((folder / name).resolve())
             continue
         for reason in reasons:
             print(f"warning: {reason}; continuing from {folder / name}", file=sys.stderr)
@@ -63,14 +73,14 @@ def load_newest(folder: Path) -> dict:
 
 
 def read(path: Path) -> dict:
-    """A file of torch.save or safetensors, never executed, every record's checksum verified first."""
+    """A file of torch.save or safetensors; never executed, each record's checksum verified."""
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file  # comes with timm
 
             return load_file(path)
-        if zipfile.is_zipfile(path):  # files older than torch 1.6 are plain pickles without checksums
+        if zipfile.is_zipfile(path):  # files before torch 1.6 are plain pickles without checksums
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
             if broken:
@@ -79,12 +89,11 @@ def read(path: Path) -> dict:
     except pickle.UnpicklingError as error:
         reason = str(error).replace("\n", " ")[:160]
         if "Unsupported global" in reason or "GLOBAL" in reason:
-            reason = "it holds code or objects, which are never executed; ask for a plain state dict"
+            reason = "it holds code or objects, never executed here; ask for a plain state dict"
         raise UserError(f"{path} cannot be read: {reason}") from None
-    except Exception as error:  # truncated, flipped, not a checkpoint: each library has its own class
-        raise UserError(
-            f"{path} cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from None
+    except Exception as error:  # truncated, flipped, not a checkpoint: each library has its class
+        reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
+        raise UserError(f"{path} cannot be read: {reason}") from None
 
 
 def rng_states() -> list[dict]:
@@ -100,7 +109,7 @@ def rng_states() -> list[dict]:
 
 
 def restore_rng(states: list[dict], rank: int, fallback_seed: int):
-    """Back to the saved draws; a process that was not there at the save starts from its own seed."""
+    """Back to the saved draws; a process that was not there then starts from its own seed."""
     if rank < len(states):
         torch.set_rng_state(states[rank]["cpu"])
         if "cuda" in states[rank] and torch.cuda.is_available():
@@ -116,9 +125,11 @@ def differences(saved: dict, now: dict) -> list[str]:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint of the current step; a second one ends at once.
+    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint of this step; a second one ends at once.
 
-    Exit code 128 + the signal's number: 143, 130 or 138 (Linux).
+    A batch system and torchrun may each send the first one: for two seconds it counts as one,
+    unless a person presses Ctrl-C again. Exit code: 128 + the signal's number,
+    143, 130 or 138 (Linux).
     """
 
     def __init__(self):
@@ -129,12 +140,14 @@ class StopSignal:
                 signal.signal(getattr(signal, name), self._ask)
 
     def _ask(self, number, _):
-        if self.number:
+        now = time.monotonic()
+        if not self.number:
+            self.number, self.since = number, now
+        elif number == signal.SIGINT or now > self.since + 2:
             raise SystemExit(128 + number)
-        self.number = number
 
     def asked(self) -> int:
-        """The signal's number, agreed between processes (a signal reaches them at different steps)."""
+        """The signal's number, agreed between processes: it reaches them at different steps."""
         if self.group is None:
             return self.number
         number = torch.tensor(self.number)  # on the CPU, through gloo: the device is not waited for

@@ -1,4 +1,4 @@
-"""Pictures and the layouts they come in: embedded digits, torchvision's sets, folders."""
+"""The layouts that pictures come in: embedded digits, torchvision's sets, folders."""
 
 import json
 import os
@@ -6,66 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
+from common.pictures import EXTENSIONS, Images
 from common.splits import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 NAMED_SETS = ("cifar10", "cifar100", "food101", "inat2019")  # read through torchvision
-
-
-class BadImage(OSError):
-    """A picture that cannot be read; the message names its path."""
-
-
-@dataclass
-class Images:
-    """Pictures with their ids and targets. The ids are one array of bytes: a list of a million paths would be copied
-    into every worker, page by page, as Python touches the reference counts."""
-
-    ids: (
-        np.ndarray
-    )  # (N,) bytes: path relative to root, or "train/00012" for pictures held in memory
-    targets: np.ndarray  # (N,) int64, -1 where the label is unknown
-    root: Path | None = None
-    pixels: np.ndarray | None = None  # (N, H, W) or (N, H, W, 3) uint8
-
-    def __len__(self):
-        return len(self.ids)
-
-    def name(self, i: int) -> str:
-        return self.ids[i].decode()
-
-    def path(self, i: int) -> str:
-        return self.name(i) if self.root is None else str(self.root / self.name(i))
-
-    def pil(self, i: int) -> Image.Image:
-        """Picture i as upright 8-bit RGB. Raises BadImage with the path."""
-        if self.pixels is not None:
-            return Image.fromarray(self.pixels[i]).convert("RGB")
-        return open_image(self.path(i))
-
-    def take(self, positions) -> "Images":
-        pixels = None if self.pixels is None else self.pixels[positions]
-        return Images(self.ids[positions], self.targets[positions], self.root, pixels)
-
-
-def open_image(path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(
-                "I"
-            ):  # 16-bit grey: PIL's own conversion would clip at 255, not scale
-                image = Image.fromarray(
-                    (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                )
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise BadImage(f"{path}: {type(error).__name__}: {error}") from None
-
-
-# ----- layouts ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -73,26 +18,23 @@ class DataSet:
     train: Images
     val: Images
     classes: list[str]
-    labeled: np.ndarray | None = (
-        None  # positions in train, where the layout itself says what is labelled
-    )
+    labeled: np.ndarray | None = None  # positions in train, where the layout says what is labelled
 
 
 def load_dataset(name: str, data_path: str | None, *, seed: int = 0, holdout: int = 0) -> DataSet:
     """The pictures of --dataset NAME below --data-path.
 
-    name: "digits" (embedded), one of NAMED_SETS, "imagenet" or "folder" (train/<class>/ and val/ or test/<class>/;
-    or labeled/<class>/, unlabeled/ and perhaps val/<class>/). holdout > 0 takes that many training pictures, equally
-    many per class where the classes allow it, out of training and puts them in the place of the validation set:
-    hyper-parameters are chosen there. Raises UserError with the folder, the flag and the remedy.
+    name: "digits" (embedded), one of NAMED_SETS, "imagenet" or "folder" (train/<class>/ and val/ or
+    test/<class>/; or labeled/<class>/, unlabeled/ and perhaps val/<class>/). holdout > 0 takes that
+    many training pictures, equally many per class where the classes allow it, out of training and
+    puts them in the place of the validation set: hyper-parameters are chosen there. Raises
+    UserError with the folder, the flag and the remedy.
     """
     if name == "digits":
         data = _digits()
     else:
         if not data_path:
-            raise UserError(
-                f"--dataset {name} needs --data-path DIR (without both, the embedded digits are used)"
-            )
+            raise UserError(f"--dataset {name} needs --data-path DIR (without both: the digits)")
         root = Path(data_path)
         if not root.is_dir():
             raise UserError(f"--data-path {root}: no such folder")
@@ -110,9 +52,8 @@ def load_dataset(name: str, data_path: str | None, *, seed: int = 0, holdout: in
         targets = data.train.targets[order]
         for c in np.unique(targets):
             rank_in_class[targets == c] = np.arange((targets == c).sum())
-        held = order[
-            np.argsort(rank_in_class, kind="stable")[:holdout]
-        ]  # one of each class, then a second, ...
+        # one of each class, then a second of each, ...
+        held = order[np.argsort(rank_in_class, kind="stable")[:holdout]]
         keep = np.setdiff1d(np.arange(len(data.train)), held)
         labeled = None if data.labeled is None else np.flatnonzero(np.isin(keep, data.labeled))
         data = DataSet(data.train.take(keep), data.train.take(np.sort(held)), data.classes, labeled)
@@ -121,17 +62,17 @@ def load_dataset(name: str, data_path: str | None, *, seed: int = 0, holdout: in
 
 def _digits() -> DataSet:
     with np.load(Path(__file__).with_name("digits.npz")) as file:
-        parts = [
-            Images(
-                np.array(
-                    [f"{part}/{i:05d}" for i in range(len(file[f"{part}_labels"]))], dtype=np.bytes_
-                ),
-                file[f"{part}_labels"].astype(np.int64),
-                pixels=file[f"{part}_images"],
-            )
-            for part in ("train", "test")
-        ]
-    return DataSet(*parts, [str(c) for c in range(10)])
+        arrays = [(file[f"{part}_images"], file[f"{part}_labels"]) for part in ("train", "test")]
+    return DataSet(*_in_memory(arrays), [str(c) for c in range(10)])
+
+
+def _in_memory(arrays) -> list[Images]:
+    """[(pixels, labels) of train, of test] -> Images with ids such as train/00012."""
+    return [
+        Images(np.array([f"{part}/{i:05d}" for i in range(len(labels))], dtype=np.bytes_),
+               np.asarray(labels, np.int64), pixels=pixels)
+        for part, (pixels, labels) in zip(("train", "test"), arrays)
+    ]  # fmt: skip
 
 
 def _scan(folder: Path) -> list[str]:
@@ -139,38 +80,27 @@ def _scan(folder: Path) -> list[str]:
     found = []
     for where, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
-        found += [
-            str((Path(where) / f).relative_to(folder))
-            for f in sorted(files)
-            if f.lower().endswith(EXTENSIONS)
-        ]
+        pictures = [f for f in sorted(files) if f.lower().endswith(EXTENSIONS)]
+        found += [str((Path(where) / f).relative_to(folder)) for f in pictures]
     return found
 
 
-def _class_folder(
-    root: Path, part: str, classes: list[str] | None = None
-) -> tuple[Images, list[str]]:
-    """root/part/<class>/...: classes are the sorted folder names, or the given ones (then no other may appear)."""
-    names = sorted(
-        d.name for d in (root / part).iterdir() if d.is_dir() and not d.name.startswith(".")
-    )
+def _class_folder(root: Path, part: str, classes=None) -> tuple[Images, list[str]]:
+    """root/part/<class>/...: classes are the sorted folder names, or given and no others."""
+    say = f"--data-path {root}: "
+    folders = (d for d in (root / part).iterdir() if d.is_dir())
+    names = sorted(d.name for d in folders if not d.name.startswith("."))
     if not names:
-        raise UserError(
-            f"--data-path {root}: {part}/ has no class folders; put pictures in {part}/<class>/"
-        )
+        raise UserError(f"{say}{part}/ has no class folders; put pictures in {part}/<class>/")
     for name in names:
         if classes is not None and name not in classes:
-            raise UserError(
-                f"--data-path {root}: {part}/{name} is no class of the training part; rename or remove it"
-            )
+            raise UserError(f"{say}{part}/{name} is no class of training; rename or remove it")
     classes = classes or names
     ids, targets = [], []
     for name in names:
         files = _scan(root / part / name)
         if not files:
-            raise UserError(
-                f"--data-path {root}: class folder {part}/{name} holds no picture; fill or remove it"
-            )
+            raise UserError(f"{say}class folder {part}/{name} holds no picture; fill or remove it")
         ids += [f"{part}/{name}/{f}" for f in files]
         targets += [classes.index(name)] * len(files)
     return Images(np.array([i.encode() for i in ids]), np.array(targets, np.int64), root), classes
@@ -180,7 +110,8 @@ def _image_folder(root: Path) -> DataSet:
     part = next((p for p in ("val", "test") if (root / p).is_dir()), None)
     if not (root / "train").is_dir() or part is None:
         raise UserError(
-            f"--data-path {root}: expected train/<class>/ with val/<class>/ (or test/), or labeled/<class>/ with unlabeled/"
+            f"--data-path {root}: expected train/<class>/ with val/<class>/ (or test/), or "
+            "labeled/<class>/ with unlabeled/"
         )
     train, classes = _class_folder(root, "train")
     return DataSet(train, _class_folder(root, part, classes)[0], classes)
@@ -189,12 +120,10 @@ def _image_folder(root: Path) -> DataSet:
 def _own_folder(root: Path, seed: int) -> DataSet:
     labeled, classes = _class_folder(root, "labeled")
     if not (root / "unlabeled").is_dir():
-        raise UserError(
-            f"--data-path {root}: labeled/ needs an unlabeled/ beside it (pictures at any depth)"
-        )
+        raise UserError(f"--data-path {root}: labeled/ needs unlabeled/ beside it, of any depth")
     extra = [f"unlabeled/{f}".encode() for f in _scan(root / "unlabeled")]
     if not extra:
-        raise UserError(f"--data-path {root}: unlabeled/ holds no picture")
+        raise UserError(f"--data-path {root}: unlabeled/ holds no picture; fill it")
     if (root / "val").is_dir():
         val = _class_folder(root, "val", classes)[0]
     else:  # a tenth of the labelled pictures, at least one of each class, leaves training
@@ -202,15 +131,12 @@ def _own_folder(root: Path, seed: int) -> DataSet:
         for c, name in enumerate(classes):
             of_class = np.flatnonzero(labeled.targets == c)
             if len(of_class) < 2:
-                raise UserError(
-                    f"--data-path {root}: labeled/{name} has one picture; without val/ it needs two"
-                )
+                what = f"labeled/{name} has one picture; add a second, or val/"
+                raise UserError(f"--data-path {root}: {what}")
             held += rng.permutation(of_class)[: max(1, round(len(of_class) / 10))].tolist()
         keep = np.setdiff1d(np.arange(len(labeled)), held)
         val, labeled = labeled.take(np.sort(held)), labeled.take(keep)
-        print(
-            f"no val/ in {root}: {len(val)} of the labelled pictures are held out for validation (seed {seed})"
-        )
+        print(f"no val/ in {root}: {len(val)} labelled pictures validate instead (seed {seed})")
     ids = np.concatenate([labeled.ids, np.array(extra)])
     targets = np.concatenate([labeled.targets, np.full(len(extra), -1)])
     return DataSet(Images(ids, targets, root), val, classes, np.arange(len(labeled)))
@@ -223,26 +149,13 @@ def _torchvision(name: str, root: Path) -> DataSet:
         if name in ("cifar10", "cifar100"):
             kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
             sets = [kind(str(root), train=train) for train in (True, False)]
-            parts = [
-                Images(
-                    np.array([f"{p}/{i:05d}" for i in range(len(s))], dtype=np.bytes_),
-                    np.array(s.targets, np.int64),
-                    pixels=s.data,
-                )
-                for p, s in zip(("train", "test"), sets)
-            ]
-            return DataSet(*parts, list(sets[0].classes))
+            return DataSet(*_in_memory([(s.data, s.targets) for s in sets]), list(sets[0].classes))
         if name == "food101":
             sets = [datasets.Food101(str(root), split=split) for split in ("train", "test")]
-            base = sets[0]._images_folder
-            parts = [
-                Images(
-                    np.array([str(f.relative_to(base)).encode() for f in s._image_files]),
-                    np.array(s._labels, np.int64),
-                    base,
-                )
-                for s in sets
-            ]
+            base, parts = sets[0]._images_folder, []
+            for s in sets:
+                ids = [str(f.relative_to(base)).encode() for f in s._image_files]
+                parts.append(Images(np.array(ids), np.array(s._labels, np.int64), base))
             return DataSet(*parts, list(sets[0].classes))
         # iNaturalist 2019 is one archive; the competition's two json files say what is for training
         everything = datasets.INaturalist(str(root), version="2019")
@@ -251,19 +164,15 @@ def _torchvision(name: str, root: Path) -> DataSet:
         number_of = {f.name: i for i, f in enumerate(files)}
         parts = []
         for part in ("train2019.json", "val2019.json"):
-            names = [
-                Path(i["file_name"]).name for i in json.loads((root / part).read_text())["images"]
-            ]
-            chosen = [number_of[n] for n in names]
-            parts.append(
-                Images(
-                    np.array([str(files[i]).encode() for i in chosen]),
-                    np.array([everything.index[i][0] for i in chosen], np.int64),
-                    base,
-                )
-            )
+            listed = json.loads((root / part).read_text())["images"]
+            chosen = [number_of[Path(i["file_name"]).name] for i in listed]
+            ids = [str(files[i]).encode() for i in chosen]
+            targets = np.array([everything.index[i][0] for i in chosen], np.int64)
+            parts.append(Images(np.array(ids), targets, base))
         return DataSet(*parts, list(everything.all_categories))
     except (RuntimeError, OSError, KeyError, json.JSONDecodeError) as error:
+        said = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"--dataset {name}: torchvision cannot read it below --data-path {root}: {error}"
+            f"--dataset {name}: torchvision cannot read it below --data-path {root} ({said}); "
+            "unpack the archive there as it is published"
         ) from None

@@ -11,8 +11,8 @@ class Ema(nn.Module):
 
     The copy is in eval mode, takes no gradient and is never wrapped by DDP: it is computed from the
     synchronised student, so it is equal on every process. Integer buffers (BatchNorm's counter)
-    cannot be averaged and are copied. timm's ModelEmaV3 does the same average; it has no device-side
-    mask, and a step that is dropped for a NaN must not move the teacher either.
+    cannot be averaged and are copied. timm's ModelEmaV3 does the same average without a mask on the
+    device, and a step that is dropped for a NaN must not move the teacher either.
     """
 
     def __init__(self, model: nn.Module):
@@ -27,7 +27,7 @@ class Ema(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float, applied: Tensor | None = None):
-        """One update from `model` (unwrapped). applied: 0-dim tensor, 0. leaves the average as it is."""
+        """One update from `model` (unwrapped). applied: 0-dim tensor, 0. leaves all as it is."""
         ours, theirs = self.module.state_dict(), model.state_dict()
         floats = [k for k, v in ours.items() if v.is_floating_point()]
         e, s = [ours[k] for k in floats], [theirs[k].to(ours[k].dtype) for k in floats]
@@ -37,4 +37,4 @@ class Ema(nn.Module):
             torch._foreach_lerp_(e, s, [((1.0 - decay) * applied).to(t.dtype) for t in e])
         for k, v in ours.items():
             if not v.is_floating_point():
-                v.copy_(theirs[k])
+                v.copy_(theirs[k] if applied is None else torch.where(applied > 0, theirs[k], v))

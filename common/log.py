@@ -1,5 +1,6 @@
 """Run folders, log.jsonl, progress, and one clear line instead of a traceback for bad input."""
 
+import errno
 import functools
 import json
 import os
@@ -23,21 +24,26 @@ def clear_errors(main):
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            said = str(error)
+        except OSError as error:  # of a log or a picture; a checkpoint's own error says more
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+                raise
+            said = f"--output cannot be written ({error}); make room, then go on with --resume"
+        print(f"error: {said}", file=sys.stderr)
+        raise SystemExit(2)
 
     return run
 
 
 def new_run(script: str, output: str | None, rank: int = 0) -> Path:
-    """--output, which must be empty or absent, or the next free runs/SCRIPT-NNN. Raises UserError."""
+    """--output, empty or absent, or the next free runs/SCRIPT-NNN. Raises UserError."""
     if rank:  # only the first process writes
         return Path(output or "runs")
     if output:
         folder = Path(output)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(
-                f"--output {folder} is not empty; name another folder, or continue with --resume {folder}"
+                f"--output {folder} is not empty; name another folder, or --resume {folder} goes on"
             )
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -55,10 +61,18 @@ def find_run(script: str, recipe: dict) -> Path | None:
     """The newest runs/SCRIPT-NNN with a checkpoint and equal mathematics (--resume auto)."""
     folders = sorted(Path("runs").glob(f"{script}-*"), key=os.path.getmtime, reverse=True)
     for folder in folders:
-        with_checkpoint = any((folder / n).exists() for n in ("checkpoint.pt", "checkpoint.prev.pt"))
-        if with_checkpoint and read_log(folder)[0].get("recipe") == recipe:
+        if any(folder.glob("checkpoint*.pt")) and _settings(folder).get("recipe") == recipe:
             return folder
     return None
+
+
+def _settings(folder: Path) -> dict:
+    """A log's first line; {} where it is damaged. The last line of a killed run may be torn."""
+    try:
+        with open(folder / "log.jsonl") as file:
+            return json.loads(file.readline())
+    except (OSError, ValueError):
+        return {}
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -76,22 +90,24 @@ def versions() -> dict:
     git = ["git", "-C", str(root)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+        status = [*git, "status", "--porcelain", "-uno"]
+        dirty = subprocess.run(status, capture_output=True, text=True)
         commit = commit.strip() + ("+changes" if dirty.stdout.strip() else "")
     except OSError:
         commit = ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     libraries = {n: version(n) for n in ("torch", "torchvision", "timm", "numpy")}
     hardware = gpu or f"cpu, {torch.get_num_threads()} of {os.cpu_count()} threads"
-    return {"python": sys.version.split()[0], **libraries, "commit": commit or None, "hardware": hardware}
+    mine = {"python": sys.version.split()[0], "commit": commit or None, "hardware": hardware}
+    return mine | libraries
 
 
 class RunLog:
     """log.jsonl and the terminal; on every process but the first it does nothing.
 
     A checkpoint stores `size`; a resumed run cuts the file back to it, so the log has no gap and no
-    repetition. Numbers between two prints are kept on the device and averaged when printed: the only
-    moment at which the host waits for it.
+    repetition. Numbers between two prints are kept on the device and averaged when printed: the
+    only moment at which the host waits for it.
     """
 
     def __init__(self, folder: Path, size: int | None, enabled: bool = True):
@@ -100,6 +116,7 @@ class RunLog:
             self.file = open(folder / "log.jsonl", "ab")
             if size is not None:
                 self.file.truncate(size)
+                self.file.seek(0, os.SEEK_END)  # else `size` is the old end until the next write
         self.started = self.waited = 0.0
 
     @property
@@ -113,7 +130,8 @@ class RunLog:
 
     def say(self, text: str):
         if self.file:
-            tqdm.write(text) if self.bar is not None and not self.bar.disable else print(text, flush=True)
+            shown = self.bar is not None and not self.bar.disable
+            tqdm.write(text) if shown else print(text, flush=True)
 
     def start(self, stage: str, step: int, steps: int, kept: list):
         """A stage begins, or goes on, at `step` of `steps`; kept: `unprinted` of the checkpoint."""
@@ -141,14 +159,15 @@ class RunLog:
         self.bar.update()
 
     def unprinted(self) -> list[dict]:
-        """Numbers since the last print, for the checkpoint: the next line then averages all of them."""
+        """Numbers since the last print, for the checkpoint: the next line averages all of them."""
         return [{k: v.cpu() for k, v in numbers.items()} for numbers in self.kept]
 
     def report(self, stage: str, step: int, images: int, **more):
-        """Write and print the averages since the last call, with speed, share of waiting, memory, ETA."""
+        """Write and print averages since the last call, with speed, waiting, memory, ETA."""
         names = list(self.kept[0])
         stacked = torch.stack([torch.stack([k[n].cpu() for n in names]) for k in self.kept])
-        line = dict(stage=stage, step=step, **dict(zip(names, stacked.double().mean(0).tolist())), **more)
+        means = stacked.double().mean(0).tolist()
+        line = dict(stage=stage, step=step, **dict(zip(names, means)), **more)
         seconds = time.perf_counter() - self.started
         rate = seconds / max(1, self.timed)
         line["images_per_s"] = round(images / rate, 1)
@@ -158,12 +177,14 @@ class RunLog:
         line["eta_s"] = round((self.steps - step) * rate, 1)
         self.kept, self.timed, self.waited, self.started = [], 0, 0.0, time.perf_counter()
         self.write(line)
-        self.say(f"{stage} {step:>6}/{self.steps}  " + "  ".join(
-            f"{k} {v:.4g}" for k, v in line.items() if k not in ("stage", "step", "bad_images") or v and k == "bad_images"))
+        hidden = {"stage", "step"} | ({"bad_images"} if not line.get("bad_images") else set())
+        shown = (f"{k} {v:.4g}" for k, v in line.items() if k not in hidden)
+        self.say(f"{stage} {step:>6}/{self.steps}  " + "  ".join(shown))
 
     def evaluation(self, stage: str, step: int, results: dict):
         self.write(dict(stage=stage, step=step, **results))
-        self.say(f"{stage} {step:>6}/{self.steps}  " + "  ".join(f"{k} {v:.2f}" for k, v in results.items()))
+        shown = "  ".join(f"{k} {v:.2f}" for k, v in results.items())
+        self.say(f"{stage} {step:>6}/{self.steps}  {shown}")
 
     def close(self):
         if self.bar is not None:

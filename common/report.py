@@ -19,7 +19,8 @@ def contact_sheet(rows: dict[str, Tensor], path: Path, title: str = ""):
     from matplotlib import pyplot as plt
 
     count = max(len(v) for v in rows.values())
-    figure, axes = plt.subplots(len(rows), figsize=(1 + count, 1.15 * len(rows) + 0.4), squeeze=False)
+    size = (1 + count, 1.15 * len(rows) + 0.4)
+    figure, axes = plt.subplots(len(rows), figsize=size, squeeze=False)
     for axis, (label, pictures) in zip(axes[:, 0], rows.items()):
         grid = make_grid(pictures.float().cpu().clamp(0, 1), nrow=count, padding=1, pad_value=1.0)
         axis.imshow(to_pil_image(grid), interpolation="nearest")
@@ -75,12 +76,14 @@ def curves(log: list[dict], path: Path, panels: dict[str, list[str]]):
             at = max(at, starts[line["stage"]] + line["step"])
     for axis, (title, names) in zip(axes[0], panels.items()):
         for name in names:
-            points = [(starts[x["stage"]] + x["step"], x[name]) for x in log[1:] if x.get(name) is not None and "step" in x]
+            having = [x for x in log[1:] if x.get(name) is not None and "step" in x]
+            points = [(starts[x["stage"]] + x["step"], x[name]) for x in having]
             if points:
                 axis.plot(*zip(*points), label=name, lw=1.2)
         for stage, begin in starts.items():
             axis.axvline(begin, color="0.8", lw=0.8, zorder=0)
-            axis.text(begin, 1.0, " " + stage, transform=axis.get_xaxis_transform(), fontsize=7, va="top")
+            at_top = axis.get_xaxis_transform()
+            axis.text(begin, 1.0, " " + stage, transform=at_top, fontsize=7, va="top")
         axis.set_title(title, fontsize=10), axis.set_xlabel("updates", fontsize=9)
         if axis.lines:
             axis.legend(fontsize=7)
@@ -90,11 +93,12 @@ def curves(log: list[dict], path: Path, panels: dict[str, list[str]]):
 
 
 def write_predictions(path: Path, files: list[str], probabilities: Tensor, classes: list[str]):
-    """A csv: file, then the five most likely classes (or all, if fewer) with their probabilities."""
+    """A csv: file, then the five most likely classes (or all) with their probabilities."""
     top = probabilities.topk(min(5, len(classes)))
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        head = [h for k in range(top.indices.shape[1]) for h in (f"class_{k + 1}", f"probability_{k + 1}")]
+        columns = range(1, top.indices.shape[1] + 1)
+        head = [h for k in columns for h in (f"class_{k}", f"probability_{k}")]
         writer.writerow(["file", *head])
         for name, values, indices in zip(files, top.values.tolist(), top.indices.tolist()):
             pairs = [x for v, i in zip(values, indices) for x in (classes[i], f"{v:.4f}")]
@@ -105,12 +109,12 @@ def settings_table(title: str, settings: dict, sources: dict) -> str:
     """Name, value and origin of each setting, aligned."""
     names, values = list(settings), [json.dumps(v) for v in settings.values()]
     width, room = max(map(len, names)), min(28, max(map(len, values)))
-    lines = [f"  {n:<{width}}  {v:<{room}}  {sources.get(n, '')}".rstrip() for n, v in zip(names, values)]
-    return "\n".join([title, *lines])
+    rows = ((n, v, sources.get(n, "")) for n, v in zip(names, values))
+    return "\n".join([title, *(f"  {n:<{width}}  {v:<{room}}  {s}".rstrip() for n, v, s in rows)])
 
 
 def forward_cost(model: nn.Module, shape: tuple[int, ...]) -> tuple[float, float]:
-    """(FLOPs, bytes kept for the backward pass in float32) of one forward; use a model on "meta"."""
+    """(FLOPs, bytes kept for backward in float32) of one forward; use a model on "meta"."""
     from torch.utils.flop_counter import FlopCounterMode
 
     kept = {}  # one entry per storage: several views of an activation are kept once

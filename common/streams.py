@@ -1,14 +1,17 @@
 """Streams, views and loaders: which picture stands at which place, and how it is looked at.
 
-A *stream* is a pure function of (seed, name, step), so a run resumes in the middle of an epoch, with
-any number of processes, knowing nothing but its step. A *view* is one random way of looking at a
-picture; its draws are seeded by (seed, stream, pass, place) and by nothing else, so neither workers
-nor processes change what is drawn.
+A *stream* is a pure function of (seed, name, step), so a run resumes in the middle of an epoch,
+with any number of processes, knowing nothing but its step. A *view* is one random way of looking at
+a picture; its draws are seeded by (seed, stream, pass, place) and by nothing else, so neither
+workers nor processes change what is drawn.
 """
 
 import contextlib
 import hashlib
+import os
 import random
+import signal
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,35 +19,42 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common.data import BadImage, Images
+from common.pictures import BadImage, BadImages, Images
 from common.splits import UserError
 
 
 def seed_of(*parts) -> int:
-    """A 63-bit seed from any printable parts, the same on every machine (Python's own hash is salted)."""
+    """A 63-bit seed from any printable parts, the same on every machine (hash() is salted)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 @contextlib.contextmanager
-def seeded(seed: int):
-    """Seed python, numpy and torch (CPU) inside, restore them after: a view must not disturb the step's own draws."""
+def own_draws():
+    """Restore the generators of python, numpy and torch (CPU) after: a view must not disturb the
+    step's own draws where pictures are loaded in the training process."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
-        random.setstate(before[0]), np.random.set_state(before[1]), torch.set_rng_state(before[2])
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def seed_everything(seed: int):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Endless shuffled passes over some pictures, cut into global batches; a pure function of the step.
+    """Endless shuffled passes over some pictures, cut into global batches; pure in the step.
 
-    positions (N,) in the data set; batch: global; restart_every: a new pass begins at each multiple of this many
-    steps (a labelled set is reshuffled at each epoch of the unlabelled one). A pass drops its last N mod batch
-    pictures; where N < batch, or with straddle, batches run on over the end of a pass instead and nothing is dropped.
+    positions (N,) in the data set; batch: global; restart_every: a new pass begins at each multiple
+    of this many steps (a labelled set is reshuffled at each epoch of the unlabelled one). A pass
+    drops its last N mod batch pictures; where N < batch, or with straddle, batches run on over the
+    end of a pass instead and nothing is dropped.
     """
 
     name: str
@@ -59,26 +69,20 @@ class Stream:
         return max(1, len(self.positions) // self.batch)
 
     def keys(self, step: int) -> list[tuple[int, int, int]]:
-        """The global batch of a step: (pass, place in the pass, position in the data set) of each picture."""
+        """The global batch of a step: of each picture (pass, place in it, position in the data)."""
         n, epoch = len(self.positions), 0
         straddle = self.straddle or n < self.batch
         if self.restart_every:
             epoch, step = divmod(step, self.restart_every)
-            steps = (
-                -(-self.restart_every * self.batch // n)
-                if straddle
-                else -(-self.restart_every // (n // self.batch))
-            )
-            epoch *= steps  # passes begun by each earlier epoch
+            whole, size = (n, self.batch) if straddle else (n // self.batch, 1)
+            epoch *= -(-self.restart_every * size // whole)  # passes begun by each earlier epoch
         if straddle:
             places = [divmod(step * self.batch + j, n) for j in range(self.batch)]
         else:
             whole, at = divmod(step, n // self.batch)
             places = [(whole, at * self.batch + j) for j in range(self.batch)]
-        return [
-            (epoch + p, k, int(self.positions[_order(self.seed, self.name, epoch + p, n)[k]]))
-            for p, k in places
-        ]
+        order = (_order(self.seed, self.name, epoch + p, n) for p, _ in places)
+        return [(epoch + p, k, int(self.positions[o[k]])) for (p, k), o in zip(places, order)]
 
 
 @lru_cache(maxsize=4)
@@ -87,14 +91,19 @@ def _order(seed: int, name: str, pass_: int, n: int) -> np.ndarray:
 
 
 class Views(Dataset):
-    """items (pass, place, position) -> (one output per view, target, position of a broken picture or -1).
+    """items (pass, place, position) -> (one output per view, target, position if broken, else -1).
 
-    A picture that cannot be read is replaced by the next readable one of the data set, and reported by its position,
-    so that the loop can count it and name its path.
+    A picture that cannot be read is replaced by another of its stream (a label must not come in
+    from outside), and reported by its position, so that the loop can count it and name its path.
     """
 
-    def __init__(self, images: Images, views: list, seed: int, stream: str):
+    def __init__(self, images: Images, views: list, seed: int, stream: str, positions: np.ndarray):
         self.images, self.views, self.seed, self.stream = images, views, seed, stream
+        self.positions = positions
+
+    def __getitems__(self, keys):  # DataLoader asks for a whole batch: generators are saved once
+        with own_draws():
+            return [self[key] for key in keys]
 
     def __getitem__(self, key):
         pass_, place, i = key
@@ -104,15 +113,17 @@ class Views(Dataset):
                 picture = self.images.pil(i)
                 break
             except BadImage:
-                broken, i = (i if broken < 0 else broken), (i + 1) % len(self.images)
+                broken = i if broken < 0 else broken
+                at = np.flatnonzero(self.positions == i)[0] + 1
+                i = int(self.positions[at % len(self.positions)])
         else:
             raise UserError(f"{self.images.path(i)}: a hundred pictures in a row cannot be read")
-        with seeded(seed_of(self.seed, self.stream, pass_, place)):
-            return tuple(view(picture) for view in self.views), int(self.images.targets[i]), broken
+        seed_everything(seed_of(self.seed, self.stream, pass_, place))
+        return tuple(view(picture) for view in self.views), int(self.images.targets[i]), broken
 
 
 class _Share:
-    """The batches of one process: of every global batch, part a of --accum-steps, share r of the processes."""
+    """The batches of a process: of every global batch, part a of --accum-steps, share r of all."""
 
     def __init__(self, stream: Stream, start: int, stop: int, rank: int, world: int, accum: int):
         self.stream, self.start, self.stop = stream, start, stop
@@ -130,66 +141,54 @@ class _Share:
                 yield keys[first : first + size]
 
 
-def _one_thread(_):
+def _start_worker(_):
+    """A worker has one thread, and obeys no signal but SIGTERM from its own process: a batch
+    system, torchrun and Ctrl-C reach the whole group, and the loop needs the worker up to its
+    checkpoint."""
     torch.set_num_threads(1)
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int):
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def _loader(views: Views, batches, workers: int, pin: bool = False) -> DataLoader:
+    # the default generator belongs to the step: a resumed run must not draw from it
+    return DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=pin,
+                      worker_init_fn=_start_worker, generator=torch.Generator())  # fmt: skip
 
 
 def stream_loader(
     images, views, stream, *, start, stop, rank=0, world=1, accum=1, workers=0, pin=False, bad=None
 ):
-    """Micro-batches of steps start to stop as (views, targets), views a list of tensors; draws nothing of its own.
+    """Micro-batches of steps start to stop as (views, targets), views a list of tensors.
 
     bad: a BadImages counter; without one, the first broken picture is an error.
     """
     if stream.batch % (world * accum):
-        raise UserError(f"batch {stream.batch} of the {stream.name} stream is not divisible by {world} processes x "
-                        f"--accum-steps {accum}; change --batch-size")  # fmt: skip
-    loader = DataLoader(
-        Views(images, views, stream.seed, stream.name),
-        batch_sampler=_Share(stream, start, stop, rank, world, accum),
-        num_workers=workers,
-        pin_memory=pin,
-        worker_init_fn=_one_thread,
-        persistent_workers=False,
-        generator=torch.Generator(),  # the default one belongs to the step: a resumed run must not draw from it
-    )
+        what = f"batch {stream.batch} of the {stream.name} stream is not divisible by {world}"
+        raise UserError(f"{what} processes x --accum-steps {accum}; change --batch-size")
+    of_stream = Views(images, views, stream.seed, stream.name, stream.positions)
+    loader = _loader(of_stream, _Share(stream, start, stop, rank, world, accum), workers, pin)
     bad = bad or BadImages(images)
     for seen, targets, broken in loader:
         bad.check(broken)
         yield seen, targets
 
 
-class BadImages:
-    """Counts pictures that could not be read; past --max-bad-images the run ends with the path of the last."""
-
-    def __init__(self, images: Images, allowed: int = 0):
-        self.images, self.allowed, self.seen = images, allowed, set()
-
-    def check(self, broken):
-        for i in broken[broken >= 0].tolist():  # usually none
-            self.seen.add(i)
-            if len(self.seen) > self.allowed:
-                try:
-                    self.images.pil(i)
-                    reason = self.images.path(i)
-                except BadImage as error:
-                    reason = str(error)
-                raise UserError(
-                    f"{reason}; remove the file, or let {len(self.seen)} pass with --max-bad-images {len(self.seen)}"
-                )
-
-
 def eval_loader(images, view, batch, *, rank=0, world=1, workers=0):
-    """(pictures, targets) with every picture once over all processes: the shards may be of unequal length."""
+    """(pictures, targets), every picture once over all processes, in shards of any length."""
     share = [(0, i, i) for i in range(rank, len(images), world)]
     batches = [share[i : i + batch] for i in range(0, len(share), batch)]
-    loader = DataLoader(
-        Views(images, [view], 0, "eval"),
-        batch_sampler=batches,
-        num_workers=workers,
-        worker_init_fn=_one_thread,
-        generator=torch.Generator(),
-    )
+    loader = _loader(Views(images, [view], 0, "eval", np.arange(len(images))), batches, workers)
     bad = BadImages(images)
     for seen, targets, broken in loader:
         bad.check(broken)

@@ -1,0 +1,78 @@
+"""Pictures in files or in memory, read as upright 8-bit RGB; broken ones are named and counted."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from common.splits import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class BadImage(OSError):
+    """A picture that cannot be read; the message names its path."""
+
+
+@dataclass
+class Images:
+    """Pictures with their ids and targets. The ids are one array of bytes: a list of a million
+    paths would be copied into every worker, page by page, as Python touches reference counts."""
+
+    ids: np.ndarray  # (N,) bytes: path relative to root, or "train/00012" for pictures in memory
+    targets: np.ndarray  # (N,) int64, -1 where the label is unknown
+    root: Path | None = None
+    pixels: np.ndarray | None = None  # (N, H, W) or (N, H, W, 3) uint8
+
+    def __len__(self):
+        return len(self.ids)
+
+    def name(self, i: int) -> str:
+        return self.ids[i].decode()
+
+    def path(self, i: int) -> str:
+        return self.name(i) if self.root is None else str(self.root / self.name(i))
+
+    def pil(self, i: int) -> Image.Image:
+        """Picture i as upright 8-bit RGB. Raises BadImage with the path."""
+        if self.pixels is not None:
+            return Image.fromarray(self.pixels[i]).convert("RGB")
+        return open_image(self.path(i))
+
+    def take(self, positions) -> "Images":
+        pixels = None if self.pixels is None else self.pixels[positions]
+        return Images(self.ids[positions], self.targets[positions], self.root, pixels)
+
+
+def open_image(path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion would clip at 255
+                grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
+                image = Image.fromarray(grey.astype(np.uint8))
+            return image.convert("RGB")
+    except Exception as error:  # each format of a broken file has its own class of error
+        raise BadImage(f"{path}: {type(error).__name__}: {error}") from None
+
+
+class BadImages:
+    """Counts pictures that could not be read; past --max-bad-images the run ends with a path."""
+
+    def __init__(self, images: Images, allowed: int = 0):
+        self.images, self.allowed, self.seen = images, allowed, set()
+
+    def check(self, broken):
+        """broken (N,): positions of pictures that were replaced, -1 where the picture was read."""
+        for i in broken[broken >= 0].tolist():  # usually none
+            self.seen.add(i)
+            if len(self.seen) > self.allowed:
+                try:
+                    self.images.pil(i)
+                    reason = f"{self.images.path(i)}: could not be read a moment ago"
+                except BadImage as error:
+                    reason = str(error)
+                n = len(self.seen)
+                remedy = f"remove the file, or let {n} pass with --max-bad-images {n}"
+                raise UserError(f"{reason}; {remedy}")
