@@ -133,12 +133,15 @@ class RunLog:
             shown = self.bar is not None and not self.bar.disable
             tqdm.write(text) if shown else print(text, flush=True)
 
-    def start(self, stage: str, step: int, steps: int, kept: list):
-        """A stage begins, or goes on, at `step` of `steps`; kept: `unprinted` of the checkpoint."""
+    def start(self, stage: str, step: int, steps: int, kept: list, device, quicker: str = ""):
+        """A stage begins, or goes on, at `step` of `steps`; kept: `unprinted` of the checkpoint;
+        quicker: said when it would take hours."""
         shown = self.file is not None and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=step, desc=stage, disable=not shown, leave=False)
-        self.kept, self.waited, self.started = list(kept), 0.0, time.perf_counter()
-        self.steps, self.timed = steps, 0
+        self.kept = [{k: v.to(device) for k, v in numbers.items()} for numbers in kept]
+        self.waited, self.started = 0.0, time.perf_counter()
+        self.stage, self.steps, self.timed = stage, steps, 0
+        self.quicker, self.second = quicker, step + 2
 
     def wait(self, batches):
         """Iterate over a loader, adding up the time that the step waits for data."""
@@ -152,11 +155,19 @@ class RunLog:
             self.waited += time.perf_counter() - began
             yield batch
 
-    def add(self, numbers: dict):
-        """Keep a step's numbers (0-dim tensors, on the device)."""
+    def add(self, step: int, numbers: dict):
+        """Keep a step's numbers (0-dim tensors, on the device). Says after two how long it takes."""
         self.kept.append({k: v.detach().float() for k, v in numbers.items()})
         self.timed += 1
         self.bar.update()
+        if step == self.second - 1:
+            self.one = time.perf_counter()  # the first update also warms up
+        elif step == self.second and self.file:
+            seconds = (time.perf_counter() - self.one) * (self.steps - step)
+            hours = seconds > 7200
+            text = f"{seconds / 3600:.1f} hours" if hours else f"{seconds / 60:.1f} minutes"
+            more = f"; quicker: {self.quicker}" if hours and self.quicker else ""
+            self.say(f"{self.stage}: about {text} here{more}")
 
     def unprinted(self) -> list[dict]:
         """Numbers since the last print, for the checkpoint: the next line averages all of them."""
@@ -165,8 +176,8 @@ class RunLog:
     def report(self, stage: str, step: int, images: int, **more):
         """Write and print averages since the last call, with speed, waiting, memory, ETA."""
         names = list(self.kept[0])
-        stacked = torch.stack([torch.stack([k[n].cpu() for n in names]) for k in self.kept])
-        means = stacked.double().mean(0).tolist()
+        stacked = torch.stack([torch.stack([k[n] for n in names]) for k in self.kept])
+        means = stacked.cpu().double().mean(0).tolist()  # the only wait for the device
         line = dict(stage=stage, step=step, **dict(zip(names, means)), **more)
         seconds = time.perf_counter() - self.started
         rate = seconds / max(1, self.timed)
@@ -181,7 +192,9 @@ class RunLog:
         shown = (f"{k} {v:.4g}" for k, v in line.items() if k not in hidden)
         self.say(f"{stage} {step:>6}/{self.steps}  " + "  ".join(shown))
 
-    def evaluation(self, stage: str, step: int, results: dict):
+    def evaluation(self, stage: str, step: int, results: dict, seconds: float):
+        """Write and print an evaluation; the seconds it took do not count as training."""
+        self.started += seconds
         self.write(dict(stage=stage, step=step, **results))
         shown = "  ".join(f"{k} {v:.2f}" for k, v in results.items())
         self.say(f"{stage} {step:>6}/{self.steps}  {shown}")

@@ -3,13 +3,20 @@
 import csv
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
+
+from common.amp import available_memory
+from common.pictures import EXTENSIONS, Images
+from common.splits import UserError
+from common.streams import eval_loader
 
 matplotlib.use("Agg")  # no display is needed, or used
 
@@ -105,6 +112,29 @@ def write_predictions(path: Path, files: list[str], probabilities: Tensor, class
             writer.writerow([name, *pairs])
 
 
+def predict(source: str, probabilities_of, view, classes: list[str], folder: Path, workers: int):
+    """Classify a picture, or all pictures below a folder, into predictions.csv and predictions.png.
+
+    probabilities_of: batch of a view -> (N, K) on the CPU. Raises UserError where nothing is found.
+    """
+    source = Path(source)
+    found = source.rglob("*") if source.is_dir() else [source]
+    files = sorted(f for f in found if f.suffix.lower() in EXTENSIONS and f.is_file())
+    if not files:
+        raise UserError(f"--predict {source}: no picture there ({' '.join(EXTENSIONS)})")
+    pictures = Images(np.array([os.fsencode(f) for f in files]), np.full(len(files), -1))
+    probabilities, shown = [], []
+    for seen, _ in eval_loader(pictures, view, 250, workers=workers):
+        probabilities.append(probabilities_of(seen))
+        shown.append(seen[0][: max(0, 40 - sum(map(len, shown)))])
+    probabilities = torch.cat(probabilities)
+    csv_file, sheet = folder / "predictions.csv", folder / "predictions.png"
+    write_predictions(csv_file, [str(f) for f in files], probabilities, classes)
+    best = zip(*(x.tolist() for x in probabilities.max(1)))
+    captioned_grid(torch.cat(shown), [f"{classes[i]} {p:.2f}" for p, i in best], sheet)
+    print(f"predictions: {csv_file}, {sheet}")
+
+
 def settings_table(title: str, settings: dict, sources: dict) -> str:
     """Name, value and origin of each setting, aligned."""
     names, values = list(settings), [json.dumps(v) for v in settings.values()]
@@ -113,8 +143,12 @@ def settings_table(title: str, settings: dict, sources: dict) -> str:
     return "\n".join([title, *(f"  {n:<{width}}  {v:<{room}}  {s}".rstrip() for n, v, s in rows)])
 
 
-def forward_cost(model: nn.Module, shape: tuple[int, ...]) -> tuple[float, float]:
-    """(FLOPs, bytes kept for backward in float32) of one forward; use a model on "meta"."""
+def cost(model: nn.Module, size: int) -> dict[str, float]:
+    """What an update costs, from one forward of a model on "meta" (nothing is computed).
+
+    Returns per image: flops of a forward, bytes that wait for the backward pass in float32; and
+    fixed: bytes of weights, gradients, Adam's two moments and an EMA.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     kept = {}  # one entry per storage: several views of an activation are kept once
@@ -123,10 +157,27 @@ def forward_cost(model: nn.Module, shape: tuple[int, ...]) -> tuple[float, float
         kept[t.untyped_storage()._cdata] = t
         return t
 
-    x = torch.empty(shape, device=next(model.parameters()).device)
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     counter = FlopCounterMode(display=False)
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model(x)
+        model(torch.empty(2, 3, size, size, device=next(model.parameters()).device))
     saved = sum(t.untyped_storage().nbytes() for i, t in kept.items() if i not in own)
-    return float(counter.get_total_flops()), float(saved)
+    fixed = 20 * sum(p.numel() for p in model.parameters())
+    return dict(flops=counter.get_total_flops() / 2, kept=saved / 2, fixed=fixed)
+
+
+def refuse_too_large(costs: dict, images: int, halved: bool, device, accum: int):
+    """A clear line before the first step instead of a crash after the loading. Raises UserError.
+
+    images: of one part of a step; halved: activations are 16-bit.
+    """
+    per_image = costs["kept"] * (0.5 if halved else 1.0)
+    need, room = costs["fixed"] + per_image * images, available_memory(device)
+    if need > room:
+        left = room - costs["fixed"]
+        parts = accum * -(-per_image * images // left) if left > per_image else 0
+        remedy = f"--accum-steps {1 << int(parts - 1).bit_length()}" if parts else "a smaller --arch"
+        raise UserError(
+            f"--batch-size: {images} images in one part of a step need about {need / 2**30:.1f} GiB,"
+            f" {room / 2**30:.1f} GiB are free; {remedy} would fit"
+        )

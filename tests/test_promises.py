@@ -63,9 +63,18 @@ def at_update(_, n, fault):
 
 
 def send(script, n, number, to_group=False):
-    """A signal at update n, to this process or to its group, workers included."""
-    target = os.killpg if to_group else os.kill
-    at_update(script, n, lambda _: target(os.getpid(), number))
+    """A signal at update n: to this process, or from another one to its group, workers included."""
+
+    def fault(_):
+        if not to_group:
+            return os.kill(os.getpid(), number)
+        sender = os.fork()  # a worker obeys its own process, which must not be the sender here
+        if sender == 0:
+            os.killpg(0, number)
+            os._exit(0)
+        os.waitpid(sender, 0)
+
+    at_update(script, n, fault)
 
 
 def inf_in_a_gradient(script, n):
@@ -346,7 +355,7 @@ def test_r9_two_processes_of_four_are_one_of_eight(script, stage, tmp_path):
 
 @each_script
 def test_r9_the_log_speaks_of_the_global_batch(script, tiny, tmp_path):
-    """Without draws of the step, two processes log the losses of one; the learning rate is still low."""
+    """Where a step draws nothing, two processes log the losses of one (float32, small steps)."""
     argv = script.argv(tiny, f"{script.no_draws} --print-every 1 --lr 1e-4 --stage {script.first}")
     ends(script.name, argv, tmp_path / "one")
     world(run_script, 2 * [(script.name, argv)], tmp_path / "two")
@@ -473,8 +482,10 @@ def test_a_checkpoint_of_something_else_is_one_line(script, content, tiny, tmp_p
     (tmp_path / "run").mkdir()
     torch.save(content, tmp_path / "run" / checkpoint.NEWEST)
     for flag in ("--init", "--resume"):
-        child = ends(script.name, script.argv(tiny, f"{flag} run"), tmp_path, 2)
-        assert child.err.startswith(f"error: {flag} run") and child.err.count("\n") == 1, child.err
+        argv = script.argv(tiny, f"{flag} {tmp_path / 'run'}")
+        child = ends(script.name, argv, tmp_path / flag[2:], 2)
+        said = child.err
+        assert said.startswith(f"error: {flag} {tmp_path / 'run'}") and said.count("\n") == 1, said
 
 
 @each_script

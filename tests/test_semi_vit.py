@@ -119,7 +119,8 @@ def test_parity_cutmix_boxes_by_the_rule_of_timm_0_4_5():
     for size, lam, cy, cx, *box, left in PARITY["cutmix_box"]["table"].tolist():
         size, centre = int(size), (torch.tensor([int(cy)]), torch.tensor([int(cx)]))
         lam = torch.tensor([lam], dtype=torch.float64)
-        boxes, lam_out = S.cutmix_boxes(lam, size, *centre, half_up=False)
+        boxes = S.cutmix_boxes(lam, size, *centre, half_up=False)
+        lam_out = S.ratio_left(boxes, size)
         y0, y1, x0, x1 = boxes[0].tolist()
         assert [y0, y1, x0, x1] == box
         assert 1 - (y1 - y0) * (x1 - x0) / size**2 == pytest.approx(left, abs=1e-9)
@@ -441,7 +442,8 @@ def test_prob_mixup_cuts_the_given_share_of_pairs(share):
 def test_cutmix_lam_is_the_area_and_never_below_the_drawn_one(half_up):
     torch.manual_seed(0)
     lam, centre = torch.rand(2000), torch.randint(32, (2, 2000))
-    boxes, left = S.cutmix_boxes(lam, 32, *centre, half_up)
+    boxes = S.cutmix_boxes(lam, 32, *centre, half_up)
+    left = S.ratio_left(boxes, 32)
     y0, y1, x0, x1 = boxes.T
     assert torch.equal(left, 1 - (y1 - y0) * (x1 - x0) / 1024)
     assert (left >= lam - 1e-6).all() and (boxes >= 0).all() and (boxes <= 32).all()
@@ -453,10 +455,10 @@ def test_cutmix_lam_is_the_area_and_never_below_the_drawn_one(half_up):
 
 
 def test_cutmix_lam_1_is_an_empty_box():
-    boxes, left = S.cutmix_boxes(
+    boxes = S.cutmix_boxes(
         torch.ones(3), 32, torch.tensor([0, 9, 31]), torch.tensor([0, 9, 31])
     )
-    assert left.tolist() == [1, 1, 1] and torch.equal(boxes[:, 0], boxes[:, 1])
+    assert S.ratio_left(boxes, 32).tolist() == [1, 1, 1] and torch.equal(boxes[:, 0], boxes[:, 1])
 
 
 def mixed_classes(element, mixup, cutmix):
@@ -615,9 +617,11 @@ def test_labelled_images_stay_unmixed_where_the_recipe_says_so():
 
 def test_labelled_targets_are_smoothed_with_and_without_mixing():
     x, y, s = torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), quiet(mix_labeled=1)
-    _, t = S.labeled_targets(x, y, K, s, use_cutmix=torch.tensor([False]), lam=torch.tensor([0.75]))
+    _, t = S.labeled_targets(
+        x, y, K, s, dict(use_cutmix=torch.tensor([False]), lam=torch.tensor([0.75]))
+    )
     assert t[0].tolist() == pytest.approx([0.9 * 0.75 + 0.01, 0.9 * 0.25 + 0.01] + [0.01] * 8)
-    _, t = S.labeled_targets(x, y, K, quiet())
+    _, t = S.labeled_targets(x, y, K, quiet(), None)
     assert t[0].tolist() == pytest.approx([0.91] + [0.01] * 9)
 
 
@@ -971,7 +975,7 @@ def names(steps):
 
 
 def test_views_hold_the_papers_steps_in_order():
-    lists = S.view_lists("photos", 224, settings("--dataset imagenet"))
+    lists = S.view_lists("imagenet", 224, settings("--dataset imagenet"))
     crop, flip = "RandomResizedCropAndInterpolation", "RandomHorizontalFlip"
     assert (
         names(lists["labeled"]) == names(lists["strong"]) == [crop, flip, "RandAugment", "ToBytes"]
@@ -992,7 +996,7 @@ def test_views_are_equal_to_timms_pixel_by_pixel(view, how):
         224, is_training=True, color_jitter=0.4, interpolation="bicubic", re_prob=0, **how
     )
     theirs = T.Compose(theirs.transforms[:3])  # up to the tensor
-    ours = T.Compose(S.view_lists("photos", 224, settings("--dataset imagenet"))[view][:-1])
+    ours = T.Compose(S.view_lists("imagenet", 224, settings("--dataset imagenet"))[view][:-1])
     for seed in range(20):
         seed_all(seed)
         want = np.asarray(theirs(PICTURE))
@@ -1001,7 +1005,7 @@ def test_views_are_equal_to_timms_pixel_by_pixel(view, how):
 
 
 def test_weak_and_strong_crops_are_independent(monkeypatch):
-    lists = S.view_lists("photos", 224, settings("--dataset imagenet"))
+    lists = S.view_lists("imagenet", 224, settings("--dataset imagenet"))
     boxes = [lists[v][0].get_params(PICTURE, (0.08, 1), (3 / 4, 4 / 3)) for v in ("weak", "strong")]
     assert boxes[0] != boxes[1]
 

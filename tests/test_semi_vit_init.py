@@ -120,7 +120,7 @@ def load(tmp_path):
         torch.manual_seed(1)
         model = S.build_model(args, K)
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        kind, teacher = S.load_init(model, args.init, args.arch)
+        kind, teacher = S.load_init(model, args.init)
         return model, before, kind, teacher
 
     return call
@@ -224,7 +224,7 @@ def test_parity_of_the_resized_position_embedding(tmp_path):
     )
     torch.save({"model": {**build(16).state_dict(), "pos_embed": c["inp"]}}, tmp_path / "mae.pth")
     model = build(24)
-    S.load_init(model, str(tmp_path / "mae.pth"), "tiny")
+    S.load_init(model, str(tmp_path / "mae.pth"))
     torch.testing.assert_close(model.pos_embed.data, c["out"], atol=1e-6, rtol=0)
 
 
@@ -248,7 +248,7 @@ def run_from_scratch(tmp_path_factory):
 def start_from(run, classes=K):
     args = S.parse_args(["--arch", "vit_tiny", "--init", str(run), "--stage", "semi"])
     model = S.build_model(args, classes)
-    return model, *S.load_init(model, args.init, args.arch)
+    return model, *S.load_init(model, args.init)
 
 
 def test_a_run_gives_student_head_and_teacher(run_from_scratch):
