@@ -14,9 +14,9 @@ Notation  x_l, x_u  labelled, unlabelled images; N_l, N_u their batch sizes, N_u
           m, mu     EMA decay (--ema-decay); weight of L_u (--lambda-u, as in all our scripts)
 
 How to run
-  python semi_vit.py                                       80 labelled digits, minutes on a laptop
-  python semi_vit.py --data-path DIR --predict NEW         own pictures: labeled/<class>/, unlabeled/
-  python semi_vit.py --arch vit_huge --labels 1 --dry-run  which recipe, from where, at what cost
+  python semi_vit.py                                        80 labelled digits, minutes on a laptop
+  python semi_vit.py --data-path DIR --predict NEW          your own: labeled/<class>/, unlabeled/
+  python semi_vit.py --arch vit_huge --labels 1 --dry-run   which recipe, from where, at what cost
   torchrun --nproc-per-node 8 semi_vit.py --dataset imagenet --data-path DIR \\
       --init mae_pretrain_vit_base.pth --arch vit_base --labels 10
 
@@ -25,19 +25,21 @@ How to run
     --arch vit_large --labels 10   83.3      --arch vit_large --labels 1   77.3
     --arch vit_huge  --labels 10   84.3      --arch vit_huge  --labels 1   80.0
     --arch vit_small --labels 10   77.1      --arch vit_small --labels 1   68.0     Table 7, DINO
-    --method sup | fixmatch | ema_teacher; --unlabeled-mix none | mixup | mixup+ | prob   Tables 2, 3
+    --method sup | fixmatch | ema_teacher; --unlabeled-mix none | mixup | mixup+ | prob  Tables 2, 3
 
-Departures. D1 to D14, where paper and authors' code disagree, are the table DEPARTURES below, chosen
-with --follow. The rest, decided once:
+Departures. D1 to D14, where paper and authors' code disagree, are the table DEPARTURES below,
+chosen with --follow. The rest, decided once:
   E1  L counts 304.3M parameters; the paper says 307M.
   E2  Average pooling: over the patch tokens without the class token, LayerNorm after it (code).
   E3  A CutMix box is clipped at the border; the target follows the area that is left (code).
   E4  Pseudo Mixup+ has no released code: the confident samples of a batch are permuted among
-      themselves, all others stay unmixed and masked, the divisor stays N_u (our reading of Fig. 3b).
+      themselves, all others stay unmixed and masked, the divisor stays N_u (our reading of
+      Fig. 3b).
   E5  Silent in the paper, from the code: floor of 1e-6 under the learning rate, linear warm-up from
       0, head initialised with std 2e-5, no gradient clipping, stage 3 from the last checkpoint of
       stage 2, labelled images reshuffled at each epoch, Resize 256 before the evaluation crop.
-  E6  The paper does not say which weights it evaluates: both are logged, the headline is the student.
+  E6  The paper does not say which weights it evaluates: both are logged, the headline is the
+      student.
   E7  Labelled and strong images pass the student in one forward (LayerNorm only: equal to two).
   E8  One split for all processes; the authors' code, without a list, draws another one on each.
   E9  vit_digits is ours (width 64, depth 4): Xavier weights and a learnable position embedding.
@@ -97,14 +99,14 @@ ARCHS = {  # name: timm's model, arguments that differ from it, pooling         
     "convnext_tiny": ("convnext_tiny", {}, "avg"),
     "convnext_small": ("convnext_small", {}, "avg"),
 }
-DATASETS = {  # pixels, patch of a ViT and of a ConvNeXt's stem (None: its own), classes, train images
+DATASETS = {  # pixels, patch of a ViT and a ConvNeXt's stem (None: its own), classes, train images
     "digits": (28, (7, 2), 10, 8000),
     "cifar10": (32, (4, 2), 10, 50000),
     "cifar100": (32, (4, 2), 100, 50000),
     "food101": (224, (None, None), 101, 75750),
     "inat2019": (224, (None, None), 1010, 265213),
     "imagenet": (224, (None, None), 1000, 1281167),
-    "landmarks": (224, (None, None), 256, 200000),  # GoogleLandmark, as a folder; subset not published
+    "landmarks": (224, (None, None), 256, 200000),  # GoogleLandmark, a folder; subset unpublished
     "folder": (224, (None, None), None, None),
 }
 
@@ -114,7 +116,8 @@ SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a fla
     "batch_size": (int, dict(sup=512, semi=128),
         "labelled images per update, over all processes and parts [Tables 12, 13]"),
     "unlabeled_ratio": (int, dict(sup=0, semi=5), "N_u / N_l [Sec. 4: 5]"),
-    "lr": (float, dict(sup=None, semi=None), "peak learning rate, instead of --lr-per-256 [App. A]"),
+    "lr": (float, dict(sup=None, semi=None),
+        "peak learning rate, instead of --lr-per-256 [App. A]"),
     "lr_per_256": (float, dict(sup=2.5e-4, semi=1e-3),
         "base learning rate: lr = this x batch / 256; too large shows as pseudo_acc falling early "
         "[App. A; Tables 12, 13]"),
@@ -157,9 +160,9 @@ SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a fla
     "ema_decay": (float, dict(sup=0.0, semi=0.9999),
         "m of Eq. 1, 0 in stage sup: no EMA, 0 in stage semi: FixMatch; try 0.99 for a thousand "
         "updates, 0.999 for ten thousand [Table 5]"),
-}  # fmt: skip
+}
 SEMI_ONLY = {"unlabeled_ratio", "label_smoothing_u", "unlabeled_mix", "unlabeled_cutmix",
-             "fixmatch_teacher", "tau", "lambda_u", "unlabeled_pool"}  # fmt: skip
+             "fixmatch_teacher", "tau", "lambda_u", "unlabeled_pool"}
 
 _T = "Tables 12, 13; App. A"
 _WEAK = dict(mixup=0.0, cutmix=0.0, drop_path=0.0, reprob=0.0)  # App. A: at 1%, no regularisation
@@ -168,15 +171,15 @@ _LARGE = dict(layer_decay=0.75, epochs=50)  # Table 12, L and H
 _SCRATCH = dict(  # last columns of Tables 12 and 13
     sup=dict(lr_per_256=1e-4, batch_size=1024, epochs=500, warmup_epochs=50, weight_decay=0.3,
              beta2=0.95, layer_decay=1.0, ema_decay=0.9999),
-    semi=dict(lr_per_256=1e-3, layer_decay=0.85, tau=0.5), source="Tables 12, 13 (scratch)")  # fmt: skip
+    semi=dict(lr_per_256=1e-3, layer_decay=0.85, tau=0.5), source="Tables 12, 13 (scratch)")
 _CONVNEXT = dict(  # the authors' commands and defaults, D5 to D7
     sup=dict(lr=1e-3, batch_size=1024, epochs=500, warmup_epochs=50, layer_decay=1.0,
              ema_decay=0.9999, schedule="table"),
     semi=dict(lr_per_256=1e-3, warmup_epochs=10, layer_decay=1.0, tau=0.7, lambda_u=10.0,
-              schedule="table"), source="Sec. 4.2; authors' commands")  # fmt: skip
+              schedule="table"), source="Sec. 4.2; authors' commands")
 _OTHER = dict(  # base learning rate of stage sup: one of the four that App. A searched
     sup=dict(lr_per_256=2.5e-4), semi=dict(lr_per_256=1e-3, tau=0.5, ema_decay=0.999),
-    source="Tables 12, 13; App. A, other data sets")  # fmt: skip
+    source="Tables 12, 13; App. A, other data sets")
 _OTHER_1 = dict(_OTHER, semi=dict(_OTHER["semi"], tau=0.6, **_WEAK_SEMI))
 _INAT_1 = dict(_OTHER_1, sup=dict(lr_per_256=2.5e-4, **_WEAK))
 _DIGITS = dict(  # found on 1,000 held-out training images, see docs/results.md
@@ -184,12 +187,12 @@ _DIGITS = dict(  # found on 1,000 held-out training images, see docs/results.md
              label_smoothing=0.0, mixup=0.0, cutmix=0.0, reprob=0.0),
     semi=dict(epochs=24, batch_size=32, lr=2e-3, warmup_epochs=1, layer_decay=1.0, drop_path=0.0,
               label_smoothing=0.0, mix_labeled=0, tau=0.7, lambda_u=1.0, ema_decay=0.99,
-              crop_min=0.6), source="measured here")  # fmt: skip
+              crop_min=0.6), source="measured here")
 _DIGITS_LARGE = dict(sup=dict(_DIGITS["sup"], lr=3e-4), semi=dict(_DIGITS["semi"], lr=3e-4),
-                     source="as for vit_digits, smaller steps; not tuned")  # fmt: skip
+                     source="as for vit_digits, smaller steps; not tuned")
 _CIFAR = dict(sup=dict(lr_per_256=5e-4, layer_decay=1.0, batch_size=128, crop_min=0.35),
               semi=dict(tau=0.9, layer_decay=1.0, ema_decay=0.999, crop_min=0.35),
-              source="not tuned")  # fmt: skip
+              source="not tuned")
 
 RECIPES = {  # (data set, arch, init, labels %): {stage: settings that differ from the defaults}
     ("imagenet", "vit_small", "self", 10): dict(
@@ -230,7 +233,7 @@ RECIPES = {  # (data set, arch, init, labels %): {stage: settings that differ fr
     ("digits", None, None, None): _DIGITS_LARGE,
     ("cifar10", None, None, None): _CIFAR,
     ("cifar100", None, None, None): _CIFAR,
-}  # fmt: skip
+}
 
 
 def _row(sup=None, fixmatch=None, none=None, mixup=None, mixup_plus=None, prob=None):
@@ -238,7 +241,7 @@ def _row(sup=None, fixmatch=None, none=None, mixup=None, mixup_plus=None, prob=N
     return {k: v for k, v in (row | {"mixup+": mixup_plus}).items() if v is not None}
 
 
-PAPER = {  # the paper's own top-1 (data set, arch, init, labels %)         [Tables 1 to 3, 7, 8, 11]
+PAPER = {  # the paper's own top-1 (data set, arch, init, labels %)        [Tables 1 to 3, 7, 8, 11]
     ("imagenet", "vit_base", "mae", 1): _row(57.4, None, 65.3, 69.5, 70.1, 71.0),
     ("imagenet", "vit_base", "mae", 10): _row(73.7, 74.8, 78.1, 78.3, 78.7, 79.7),
     ("imagenet", "vit_base", "mae", 100): _row(83.7),
@@ -272,8 +275,8 @@ PAPER = {  # the paper's own top-1 (data set, arch, init, labels %)         [Tab
     ("landmarks", "vit_base", "supervised", 10): _row(74.0, prob=81.0),
     ("landmarks", "vit_base", "supervised", 100): _row(91.5),
 }
-_TAU, _M, _E = (0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), (0, 0.9, 0.99, 0.999, 0.9999, 0.99999), (
-    0, 10, 50, 100, 200)  # fmt: skip
+_TAU, _M, _E = ((0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), (0, 0.9, 0.99, 0.999, 0.9999, 0.99999),
+                (0, 10, 50, 100, 200))
 SWEEPS = {  # ViT-B, MAE: (setting, mixing or sup, labels %): {value: top-1}    [Tables 4, 5 and 6]
     ("tau", "none", 1): dict(zip(_TAU, (63.1, 64.4, 64.6, 65.1, 65.3, 65.1, 64.4))),
     ("tau", "none", 10): dict(zip(_TAU, (75.4, 76.7, 77.2, 77.7, 77.9, 78.1, 78.2, 77.9))),
@@ -300,50 +303,52 @@ _SCRATCH_SUP = dict(dataset="imagenet", init="scratch", stage="sup")
 DEPARTURES = {  # where, setting, recommended, paper, code (None: silent, as recommended), source
     "D1": (_HUGE_1, "tau", 0.6, 0.6, 0.7, "Table 13; authors' command"),
     "D2": (_HUGE_10, "batch_size", 256, 256, 128, "Table 12; authors' command"),
-    "D3": (_HUGE_10, "ema_decay", 0.9998, 0.0, 0.9998, "only in the authors' command; warms the teacher"),
+    "D3": (_HUGE_10, "ema_decay", 0.9998, 0.0, 0.9998,
+           "only in the authors' command; warms the teacher"),
     "D4": (dict(_SCRATCH_SUP, arch=("vit_small", "vit_base", *_CONV)), "ema_decay",
            0.9999, 0.0, 0.9999, "only in the authors' commands"),
     "D5": (_CONV_SUP, "epochs", 500, 100, 500,
            "Sec. 4.2: 100 for every ConvNeXt; authors' command beside Table 8's numbers: 500"),
     "D6": (_CONV_SEMI, "lambda_u", 10.0, 5.0, 10.0,
            "Sec. 4; default of the authors' ConvNeXt script"),
-    "D7": (_CONV_SEMI, "tau", 0.7, None, 0.7,
-           "default of the authors' ConvNeXt script"),
+    "D7": (_CONV_SEMI, "tau", 0.7, None, 0.7, "default of the authors' ConvNeXt script"),
     "D8": (dict(stage="semi"), "unlabeled_cutmix", 0.5, 0.0, 0.5,
            "Eq. 4 blends every pair; the code cuts half of them"),
     "D9": ({}, "mix_lam", "batch", "element", "batch", "Sec. 3.1 allows both; code: one per batch"),
     "D10": (dict(stage="semi"), "fixmatch_teacher", "eval", None, "train",
             "Sec. 2.2: the same network; code: with drop path on; equal where drop path is 0"),
-    "D11": (dict(stage="semi"), "label_smoothing_u", 0.1, None, 0.1, "code: mixed pseudo-labels only"),
+    "D11": (dict(stage="semi"), "label_smoothing_u", 0.1, None, 0.1,
+            "code: mixed pseudo-labels only"),
     "D12": (dict(_SCRATCH_SUP, arch=("vit_small", "vit_base")), "weight_decay",
             0.3, 0.05, 0.3, "Sec. 4: 0.05 throughout; Table 12 and code: 0.3"),
     "D13": ({}, "cutmix_half_up", 1, None, 0, "timm 0.4.5 cut an odd box short"),
     "D14": ({}, "unlabeled_pool", "rest", "all", "rest",
             "Sec. 2.1: all data; code: the complement of the labelled images"),
-}  # fmt: skip
+}
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(prog=f"{SCRIPT}.py", description=__doc__.split("\n\n")[0],
-                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("what to train").add_argument
-    add("--arch", choices=ARCHS, help="backbone; default vit_digits on digits, else vit_base [App. A]")
-    add("--method", choices=METHODS, default="semi_vit", help="sets --unlabeled-mix and --ema-decay, "
-        "which still win [Tables 2, 3]")  # fmt: skip
-    add("--stage", choices=("all", *STAGES), default="all", help="sup: stage 2 of the pipeline, semi: "
-        "stage 3, from --init RUN [Sec. 2.1]")  # fmt: skip
+    add("--arch", choices=ARCHS,
+        help="backbone; default vit_digits on digits, else vit_base [App. A]")
+    add("--method", choices=METHODS, default="semi_vit",
+        help="sets --unlabeled-mix and --ema-decay, which still win [Tables 2, 3]")
+    add("--stage", choices=("all", *STAGES), default="all",
+        help="sup: stage 2 of the pipeline, semi: stage 3, from --init RUN [Sec. 2.1]")
     add("--init", metavar="FILE", help="weights to start from: MAE, DINO, MoCo-v3, an ImageNet-"
-        "supervised ViT, a run of this project, or the word timm [App. A; Table 7]")  # fmt: skip
+        "supervised ViT, a run of this project, or the word timm [App. A; Table 7]")
     add("--heads", type=int, help="attention heads; MoCo-v3's ViT-S has 12, not 6 [MoCo-v3's code]")
     add("--pool", choices=("avg", "token"), help="what the head reads [App. A: avg; Huge: token]")
-    add("--pos-embed", choices=("learned", "sincos"), help="learnable, or fixed sine-cosine [App. A: "
-        "learned with --init, else sincos]")  # fmt: skip
+    add("--pos-embed", choices=("learned", "sincos"),
+        help="learnable, or fixed sine-cosine [App. A: learned with --init, else sincos]")
     add("--patch-size", type=int, help="pixels of a patch, or of a ConvNeXt's stem; default by "
-        "architecture and data set [App. A]")  # fmt: skip
-    add("--follow", default="recommended", metavar="WHOM", help="recommended, paper, code, or a list "
-        "such as D3=code,D5=paper, where the two disagree [table DEPARTURES]")  # fmt: skip
+        "architecture and data set [App. A]")
+    add("--follow", default="recommended", metavar="WHOM", help="recommended, paper, code, or a "
+        "list such as D3=code,D5=paper, where the two disagree [table DEPARTURES]")
     flags.add_data(p, DATASETS, "labelled percent of each class, at least one image; default 1 on "
-                   "digits, else 10 [Sec. 4: 1 and 10]")  # fmt: skip
+                   "digits, else 10 [Sec. 4: 1 and 10]")
     flags.add_settings(p, SETTINGS, STAGES)
     flags.add_running(p, SCRIPT)
     args = p.parse_args(argv)
@@ -365,12 +370,15 @@ def init_kind(args) -> str:
 
     A run of this script stays in the column that it started in.
     """
-    if args.init and (Path(args.init) / "log.jsonl").exists():
-        first = log.read_log(Path(args.init))[0]
+    folder = Path(args.init or "")
+    if folder.name in (checkpoint.NEWEST, checkpoint.PREVIOUS):
+        folder = folder.parent
+    if args.init and (folder / "log.jsonl").exists():
+        first = log.read_log(folder)[0]
         return init_kind(SimpleNamespace(**first["args"])) if first["script"] == SCRIPT else "run"
     name = Path(args.init).name.lower() if args.init else ""
     patterns = {"scratch": r"^$", "mocov3": r"moco|^vit-[sb]-\d+ep", "dino": "dino",
-                "supervised": r"deit|augreg|finetuned?|supervised|timm", "mae": "mae"}  # fmt: skip
+                "supervised": r"deit|augreg|finetuned?|supervised|timm", "mae": "mae"}
     return next((kind for kind, pattern in patterns.items() if re.search(pattern, name)), "run")
 
 
@@ -383,43 +391,45 @@ def column(args) -> str:
 def recipe(args):
     """(key, row): the most special row of RECIPES for these flags."""
     for special in ((args.arch, column(args), percent(args)), (args.arch, None, None),
-                    (None, None, percent(args)), (None, None, None)):  # fmt: skip
+                    (None, None, percent(args)), (None, None, None)):
         if (args.dataset, *special) in RECIPES:
             return (args.dataset, *special), RECIPES[(args.dataset, *special)]
 
 
 def derive(args, stage: str, world_size: int) -> SimpleNamespace:
-    """All settings of a stage, with `sources`, lr and the share of one process. Raises UserError."""
+    """All settings of a stage, with `sources`, lr and one process's share. Raises UserError."""
     _, row = recipe(args)
     layers = [("default [Sec. 2.1]", dict(unlabeled_pool="rest")), (row["source"], row[stage])]
     if stage == "semi":
         layers += [(f"--method {args.method}", METHODS[args.method]),
-                   (row["source"], row.get(args.method, {}))]  # fmt: skip
-    facts = dict(dataset=args.dataset, arch=args.arch, init=column(args), labels=percent(args), stage=stage)
+                   (row["source"], row.get(args.method, {}))]
+    facts = dict(dataset=args.dataset, arch=args.arch, init=column(args), labels=percent(args),
+                 stage=stage)
     s = flags.resolve(SETTINGS, stage, layers, DEPARTURES, facts, args)
     if args.unlabeled_pool:
         s.unlabeled_pool, s.sources["unlabeled_pool"] = args.unlabeled_pool, "--unlabeled-pool"
     for name, allowed in (("unlabeled_mix", ("none", "mixup", "mixup+", "prob")),
                           ("mix_lam", ("batch", "element")), ("schedule", ("fraction", "table")),
-                          ("fixmatch_teacher", ("eval", "train"))):  # fmt: skip
+                          ("fixmatch_teacher", ("eval", "train"))):
         if getattr(s, name) not in allowed:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: one of {', '.join(allowed)}")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: "
+                            f"one of {', '.join(allowed)}")
     if stage == "semi" and s.unlabeled_mix.startswith("mixup") and not (s.mixup or s.cutmix):
         raise UserError(f"--unlabeled-mix {s.unlabeled_mix}: needs --mixup or --cutmix above 0")
     for name, least in dict(epochs=0, batch_size=1, unlabeled_ratio=int(stage == "semi")).items():
         if getattr(s, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: at least {least}")
-    if s.lr is None:  # linear scaling, by the labelled batch                                [App. A]
+    if s.lr is None:  # linear scaling, by the labelled batch                               [App. A]
         s.lr = s.lr_per_256 * s.batch_size / 256
         s.sources["lr"] = f"{s.lr_per_256:g} x {s.batch_size} / 256"
     parts = world_size * args.accum_steps
     s.micro_batch = s.batch_size // parts
     if s.batch_size % parts:
         raise UserError(f"--batch-size {s.batch_size} is not divisible by {world_size} processes x "
-                        f"--accum-steps {args.accum_steps}")  # fmt: skip
+                        f"--accum-steps {args.accum_steps}")
     if s.micro_batch % 2 and s.mix_labeled and (s.mixup or s.cutmix):
-        raise UserError(f"--batch-size {s.batch_size}: {s.micro_batch} labelled images per process and "
-                        "part; mixing needs an even number: change it, or --mix-labeled 0")  # fmt: skip
+        raise UserError(f"--batch-size {s.batch_size}: {s.micro_batch} labelled images per process "
+                        "and part; mixing needs an even number: change it, or --mix-labeled 0")
     return s
 
 
@@ -474,10 +484,10 @@ def to_model(images: Tensor, boxes: Tensor, stats: Tensor, noise: Tensor | None 
 def rand_augment(size: int):
     """timm's `rand-m9-mstd0.5-inc1`: two of 15 operations, each applied with probability 0.5.
 
-    At the top of its range it asks for posterize(bits=0), which Pillow 13 refuses: one bit at least.
+    At the top of its range it asks for posterize(bits=0), which Pillow 13 refuses: one at least.
     """
     hparams = dict(translate_const=int(0.45 * size), img_mean=(124, 116, 104),
-                   interpolation=str_to_pil_interp("bicubic"))  # fmt: skip
+                   interpolation=str_to_pil_interp("bicubic"))
     policy = rand_augment_transform("rand-m9-mstd0.5-inc1", hparams)
     for op in policy.ops:
         if op.name.startswith("Posterize"):
@@ -549,7 +559,7 @@ def timm_arguments(args, num_classes: int) -> tuple[str, dict]:
         patch = patch or int(re.search(r"patch(\d+)", name)[1])
         if size % patch:
             raise UserError(f"--image-size {size} is no multiple of the patch of {patch} pixels: "
-                            "change one, see --patch-size")  # fmt: skip
+                            "change one, see --patch-size")
         arguments |= dict(img_size=size, global_pool=args.pool or pool)
         heads = 12 if init_kind(args) == "mocov3" and args.arch == "vit_small" else None
         if args.heads or heads:
@@ -561,15 +571,16 @@ def build_model(args, num_classes: int, drop_path: float = 0.0, pretrained=True)
     """timm's model with the paper's pooling and position embedding, initialised as by the authors.
 
     Parameters with 1000 classes: S 22,050,664, B 86,567,656, L 304,326,632, H 632,045,800,
-    ConvNeXt-T 28,589,128, ConvNeXt-S 50,223,688; with the fixed embedding one table less is trained.
+    ConvNeXt-T 28,589,128, ConvNeXt-S 50,223,688; a fixed position embedding is not trained.
     """
     name, arguments = timm_arguments(args, num_classes)
     try:
         model = timm.create_model(name, pretrained=pretrained and args.init == "timm",
-                                  drop_path_rate=drop_path, **arguments)  # fmt: skip
+                                  drop_path_rate=drop_path, **arguments)
     except (OSError, RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--arch {args.arch}: timm cannot build it with these flags: {reason}") from None
+        raise UserError(f"--arch {args.arch}: timm cannot build it with these flags: "
+                        f"{reason}") from None
     if args.arch.startswith("convnext"):
         return model  # layer scale 1e-6, head scale 1: timm's own are the authors'
     with torch.no_grad():
@@ -607,7 +618,7 @@ FORMATS = {
     "supervised": ([], [HEAD]),  # flat: timm's files
     "supervised_model": (["model"], [HEAD]),  # DeiT's
     "run": (["model"], []),  # checkpoint.pt of this project
-}  # fmt: skip
+}
 
 
 def detect_format(state: dict) -> str | None:
@@ -629,17 +640,18 @@ def detect_format(state: dict) -> str | None:
 
 
 def load_init(model: nn.Module, path: str) -> tuple[str, dict | None]:
-    """Load --init FILE; returns its format and, from a run of ours with an EMA, the teacher's weights.
+    """Load --init FILE; returns its format and, from a run of ours with an EMA, the teacher.
 
-    Position embedding and patch kernel are resized where grid or patch differ (bicubic). What may be
-    missing is exactly the head and, where the average is pooled, fc_norm, which then starts at 1 and
-    0 while the file's last norm is dropped [authors' code]. Raises UserError with the keys.
+    Position embedding and patch kernel are resized where grid or patch differ (bicubic). What may
+    be missing is exactly the head and, where the average is pooled, fc_norm, which then starts at 1
+    and 0 while the file's last norm is dropped [authors' code]. Raises UserError with the keys.
     """
     state = weights.read_init(path)
     kind = detect_format(state)
     if kind is None:
         known, first = ", ".join(FORMATS), ", ".join(str(k)[:40] for k in list(state)[:4])
-        raise UserError(f"--init {path}: not one of the formats {known}; its first keys are {first}")
+        raise UserError(f"--init {path}: not one of the formats {known}; "
+                        f"its first keys are {first}")
     own, new = model.state_dict(), weights.rename(state, *FORMATS[kind])
     if "dist_token" in (state.get("model") or state) and "pos_embed" in new:  # DeiT's second token
         new["pos_embed"] = torch.cat([new["pos_embed"][:, :1], new["pos_embed"][:, 2:]], 1)
@@ -649,10 +661,11 @@ def load_init(model: nn.Module, path: str) -> tuple[str, dict | None]:
     if "fc_norm.weight" in own and "fc_norm.weight" not in new:
         new = {k: v for k, v in new.items() if k not in ("norm.weight", "norm.bias")}
         may_miss |= {"fc_norm.weight", "fc_norm.bias"}
-    if "pos_embed" in new and "pos_embed" in own and new["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
+    if ("pos_embed" in new and "pos_embed" in own
+            and new["pos_embed"].shape[1] != own["pos_embed"].shape[1]):
         grid = list(model.patch_embed.grid_size)
         new["pos_embed"] = resample_abs_pos_embed(new["pos_embed"], grid, num_prefix_tokens=1,
-                                                  antialias=False)  # fmt: skip
+                                                  antialias=False)
     name = "patch_embed.proj.weight"
     if name in new and name in own and new[name].shape[-2:] != own[name].shape[-2:]:
         new[name] = F.interpolate(new[name].float(), own[name].shape[-2:], mode="bicubic")
@@ -700,14 +713,16 @@ def ratio_left(boxes: Tensor, size: int) -> Tensor:
     return 1.0 - (y1 - y0) * (x1 - x0) / (size * size)
 
 
-def mix_images(x: Tensor, partner: Tensor, lam: Tensor, use_cutmix: Tensor, boxes: Tensor) -> Tensor:
+def mix_images(x: Tensor, partner: Tensor, lam: Tensor, use_cutmix: Tensor,
+               boxes: Tensor) -> Tensor:
     """Blend as in Eq. 3, or paste the partner's box; per image, in one pass.
 
     x, partner (N, C, S, S); lam, use_cutmix (n,), boxes (n, 4) with n = N, or 1: one for the batch.
     """
     at = torch.arange(x.shape[-1], device=x.device)
     y0, y1, x0, x1 = boxes.unsqueeze(2).unbind(1)  # each (n, 1)
-    inside = ((at >= y0) & (at < y1)).unsqueeze(2) & ((at >= x0) & (at < x1)).unsqueeze(1)  # (n,S,S)
+    # rows and columns of the box: (n, S, 1) & (n, 1, S)
+    inside = ((at >= y0) & (at < y1)).unsqueeze(2) & ((at >= x0) & (at < x1)).unsqueeze(1)
     own = torch.where(use_cutmix[:, None, None], 1.0 - inside.float(), lam[:, None, None].float())
     return torch.lerp(partner, x, own.unsqueeze(1).to(x.dtype))  # Eq. 3: own x + (1 - own) partner
 
@@ -718,11 +733,11 @@ def mix_targets(t: Tensor, t_partner: Tensor, lam: Tensor) -> Tensor:
 
 
 def batch_mix(x, t, partner, *, mixup, cutmix, element=False, half_up=True,
-              use_cutmix=None, lam=None, boxes=None):  # fmt: skip
+              use_cutmix=None, lam=None, boxes=None):
     """Mixup or CutMix, lam ~ Beta(alpha, alpha), Eq. 3; the draws of timm's Mixup.
 
-    x (N, 3, S, S), t (N, K) targets, partner (N,) index of each image's partner; one coin, ratio and
-    box for the batch, or one per image (element); drawn where None. Returns mixed x and t.
+    x (N, 3, S, S), t (N, K) targets, partner (N,) index of each image's partner; one coin, ratio
+    and box for the batch, or one per image (element); drawn where None. Returns mixed x and t.
     """
     n, size, device = (len(x) if element else 1), x.shape[-1], x.device
     if use_cutmix is None:
@@ -741,7 +756,7 @@ def confident_partners(keep: Tensor, keys: Tensor | None = None) -> Tensor:
     """Pseudo Mixup+ (Fig. 3b, E4): permute the confident samples among themselves.
 
     keep (N,) bool; keys (N,) uniform, they rank the samples -> partner (N,), itself where not kept.
-    How many are kept is known to the device alone; two sorts keep shapes fixed and the host unaware.
+    How many are kept is known to the device alone; two sorts fix shapes and keep the host unaware.
     """
     keys = torch.rand(len(keep), device=keep.device) if keys is None else keys
     shuffled = torch.argsort(torch.where(keep, keys, keys + 2.0))  # confident ones first, shuffled
@@ -751,7 +766,7 @@ def confident_partners(keep: Tensor, keys: Tensor | None = None) -> Tensor:
 
 
 def prob_pseudo_mixup(x, t, o, *, cutmix_prob=0.5, half_up=True, perm=None, use_cutmix=None,
-                      boxes=None):  # fmt: skip
+                      boxes=None):
     """Probabilistic pseudo mixup, paper Sec. 3.3: who is more confident weighs more.
 
         lam_i = o_i / (o_i + o_j)    (Eq. 4)         o*_i = max(o_i, o_j)    (Eq. 5)
@@ -785,8 +800,8 @@ def layer_of(name: str, depth: int) -> int:
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
     """Groups with `lr_scale`; no weight decay on 1-D parameters, position and class token.
 
-    timm's own layer decay puts the last norm of a class-token model with its last block, the authors'
-    code with the head; and torch's schedulers ignore lr_scale, so `set_lr` applies it.
+    timm's own layer decay puts the last norm of a class-token model with its last block, the
+    authors' code with the head; and torch's schedulers ignore lr_scale, so `set_lr` applies it.
     """
     depth, groups = len(getattr(model, "blocks", ())), {}
     for name, p in model.named_parameters():
@@ -801,8 +816,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
 def lr_at(step: int, steps_per_epoch: int, s) -> float:
     """Learning rate of an update, before lr_scale: linear warm-up from 0, cosine to min_lr.
 
-    s.schedule "fraction": by fractional epochs (ViT). "table": by updates, where the warm-up ends on
-    the peak and the cosine starts at it again (ConvNeXt) [both: authors' code].
+    s.schedule "fraction": by fractional epochs (ViT). "table": by updates, where the warm-up ends
+    on the peak and the cosine starts at it again (ConvNeXt) [both: authors' code].
     """
     if s.schedule == "table":
         warm, total = round(s.warmup_epochs * steps_per_epoch), s.epochs * steps_per_epoch
@@ -832,7 +847,7 @@ def labeled_targets(x_l, y_l, num_classes, s, draws):
         reverse = torch.arange(len(x_l) - 1, -1, -1, device=x_l.device)
         x_l, t_l = batch_mix(x_l, t_l, reverse, mixup=s.mixup, cutmix=s.cutmix,
                              element=s.mix_lam == "element", half_up=bool(s.cutmix_half_up),
-                             **(draws or {}))  # fmt: skip
+                             **(draws or {}))
     return x_l, t_l
 
 
@@ -849,10 +864,10 @@ def sup_step(student, x_l, y_l, num_classes, s, precision, mix_l=None) -> dict[s
 
 
 def semi_step(student, teacher, x_l, y_l, x_u_w, x_u_s, num_classes, s, precision,
-              mix_l=None, mix_u=None):  # fmt: skip
-    """Stage 3. x_l (N_l, 3, S, S), y_l (N_l,); x_u_w, x_u_s (N_u, 3, S, S): weak and strong views of
-    the same images; mix_l, mix_u: draws, made where None. Mixing pairs images within the part of one
-    process and accumulation step. Returns losses by name, and y_hat and o (N_u,) for the log.
+              mix_l=None, mix_u=None):
+    """Stage 3. x_l (N_l, 3, S, S), y_l (N_l,); x_u_w, x_u_s (N_u, 3, S, S): weak and strong views
+    of the same images; mix_l, mix_u: draws, made where None. Mixing pairs images within the part of
+    one process and accumulation step. Returns losses by name, and y_hat and o (N_u,) for the log.
     """
     with torch.no_grad(), precision.autocast():
         logits_w = teacher(x_u_w)
@@ -864,13 +879,13 @@ def semi_step(student, teacher, x_l, y_l, x_u_w, x_u_s, num_classes, s, precisio
     t_u = smooth_one_hot(y_hat, num_classes, smoothing)
     if s.unlabeled_mix == "prob":  # Fig. 3c: the threshold sees o*
         x_u_s, t_u, o_star = prob_pseudo_mixup(x_u_s, t_u, o, cutmix_prob=s.unlabeled_cutmix,
-                                               half_up=half_up, **mix_u)  # fmt: skip
+                                               half_up=half_up, **mix_u)
     elif s.unlabeled_mix in ("mixup", "mixup+"):  # Fig. 3a: any two; Fig. 3b: confident ones
         reverse = torch.arange(len(o) - 1, -1, -1, device=o.device)
         partner = reverse if s.unlabeled_mix == "mixup" else confident_partners(o >= s.tau)
         x_u_s, t_u = batch_mix(x_u_s, t_u, mix_u.pop("partner", partner), mixup=s.mixup,
                                cutmix=s.cutmix, element=s.mix_lam == "element", half_up=half_up,
-                               **mix_u)  # fmt: skip
+                               **mix_u)
 
     x_l, t_l = labeled_targets(x_l, y_l, num_classes, s, mix_l)
     with precision.autocast():  # one joint student forward (E7)
@@ -887,7 +902,7 @@ def semi_step(student, teacher, x_l, y_l, x_u_w, x_u_s, num_classes, s, precisio
 
 @torch.no_grad()
 def evaluate(model, images, view, run, batch=250) -> dict[str, float]:
-    """Top-1 and top-5 in percent, every image once over all processes. Restores the training mode."""
+    """Top-1 and top-5 in percent, each image once over all processes. Restores training mode."""
     training = model.training
     model.eval()
     sums = torch.zeros(3, device=run.device)  # float32 counts exactly to 16 million
@@ -916,17 +931,18 @@ def logits_of(model, seen, run) -> Tensor:
 def run_stage(stage, model, warm_teacher, data, split, s, args, run, resume):
     """Train one stage, in place; returns the teacher, or None. One loop serves both stages.
 
-    model: unwrapped, with the weights to start from. warm_teacher: EMA weights of the stage before, or
-    None. resume: a checkpoint of this very stage, or None.
+    model: unwrapped, with the weights to start from. warm_teacher: EMA weights of the stage before,
+    or None. resume: a checkpoint of this very stage, or None.
     """
     if stage == "sup":
         labeled = Stream("sup/labeled", split.labeled, s.batch_size, args.seed)
         steps_per_epoch = labeled.steps_per_pass
     else:  # an epoch is a pass over the unlabelled images; the labelled ones start again with each
-        unlabeled = Stream("semi/unlabeled", split.unlabeled, s.unlabeled_ratio * s.batch_size, args.seed)
+        unlabeled = Stream("semi/unlabeled", split.unlabeled, s.unlabeled_ratio * s.batch_size,
+                           args.seed)
         steps_per_epoch = unlabeled.steps_per_pass
         labeled = Stream("semi/labeled", split.labeled, s.batch_size, args.seed,
-                         restart_every=steps_per_epoch)  # fmt: skip
+                         restart_every=steps_per_epoch)
     total, num_classes = s.epochs * steps_per_epoch, len(data.classes)
     evaluate_at = {round(total * k / args.evals) for k in range(1, args.evals + 1)} - {0}
 
@@ -956,7 +972,7 @@ def run_stage(stage, model, warm_teacher, data, split, s, args, run, resume):
     views = {k: T.Compose(v) for k, v in view_lists(args.dataset, run.image_size, s).items()}
     bad = BadImages(data.train, args.max_bad_images)
     how = dict(start=start, stop=total, rank=run.rank, world=run.world, accum=args.accum_steps,
-               workers=run.workers, pin=run.device.type == "cuda", bad=bad)  # fmt: skip
+               workers=run.workers, pin=run.device.type == "cuda", bad=bad)
     batches = stream_loader(data.train, [views["labeled"]], labeled, **how)
     if stage == "semi":
         of_u = stream_loader(data.train, [views["weak"], views["strong"]], unlabeled, **how)
@@ -987,7 +1003,7 @@ def run_stage(stage, model, warm_teacher, data, split, s, args, run, resume):
                 labeler = model if s.ema_decay == 0 and s.fixmatch_teacher == "train" else teacher
                 losses, y_hat, o = semi_step(
                     student, labeler, images(seen_l), y_l, images(seen_w), images(seen_s),
-                    num_classes, s, run.precision)  # fmt: skip
+                    num_classes, s, run.precision)
                 # The only use of unlabelled images' true labels, where known: two logged numbers.
                 right, sure = (y_hat == y_u) & (y_u >= 0), (o >= s.tau) & (y_u >= 0)
                 losses["pseudo_acc"] = right.sum() / (y_u >= 0).sum().clamp(min=1)
@@ -1017,7 +1033,7 @@ def run_stage(stage, model, warm_teacher, data, split, s, args, run, resume):
         if printing or step == total:
             run.log.report(stage, step, images=s.batch_size * (1 + s.unlabeled_ratio),
                            epoch=round(step / steps_per_epoch, 3), bad_images=len(bad.seen),
-                           lr=lr_at(step - 1, steps_per_epoch, s))  # fmt: skip
+                           lr=lr_at(step - 1, steps_per_epoch, s))
         if step in evaluate_at:
             before = time.perf_counter()
             results = evaluate(model, data.val, views["evaluate"], run)
@@ -1043,9 +1059,10 @@ def save(stage, step, seconds, model, teacher, optimizer, bad, run):
         state = dict(
             stage=stage, step=step, seconds=seconds, model=model.state_dict(), rng=rng,
             teacher=None if teacher is None else teacher.module.state_dict(),
-            optimizer=optimizer.state_dict(), scaler=None if scaler is None else scaler.state_dict(),
-            unprinted=run.log.unprinted(), bad_images=sorted(bad.seen), log_size=run.log.size, results=run.results,
-            recipe=run.recipe)  # fmt: skip
+            optimizer=optimizer.state_dict(),
+            scaler=None if scaler is None else scaler.state_dict(),
+            unprinted=run.log.unprinted(), bad_images=sorted(bad.seen), log_size=run.log.size,
+            results=run.results, recipe=run.recipe)
         checkpoint.save(run.folder, state)
 
 
@@ -1061,14 +1078,16 @@ def main(args):
         return evaluate_run(args, data, run)
 
     # What will be trained, on what
-    stages = [x for x in STAGES if args.stage in ("all", x) and (x == "sup" or args.method != "sup")]
+    stages = [x for x in STAGES
+              if args.stage in ("all", x) and (x == "sup" or args.method != "sup")]
     settings = {x: derive(args, x, run.world) for x in stages}
     stages = [x for x in stages if settings[x].epochs > 0]  # Table 6: --epochs sup=0
     if not stages:
-        raise UserError(f"--stage {args.stage}, --method {args.method}, --epochs: no stage is left to "
-                        "train; raise --epochs or choose another stage")  # fmt: skip
+        raise UserError(f"--stage {args.stage}, --method {args.method}, --epochs: no stage is left "
+                        "to train; raise --epochs or choose another stage")
     if args.stage == "semi" and not args.init:
-        raise UserError("--stage semi: needs --init RUN, a run of stage sup, or self-pretrained weights")
+        raise UserError("--stage semi: needs --init RUN, a run of stage sup, or self-pretrained "
+                        "weights")
     pool = settings[stages[-1]].unlabeled_pool
     split = flags.choose_split(args, data, pool, 1 if args.dataset == "digits" else 10)
     if "semi" in stages and not len(split.unlabeled):
@@ -1089,8 +1108,9 @@ def main(args):
                 raise UserError(f"--resume {run.folder}: its checkpoint is not of this project")
             wrong = checkpoint.differences(state["recipe"], run.recipe)
             if wrong:
-                raise UserError(f"--resume {run.folder}: its settings were others ({'; '.join(wrong)});"
-                                " restore them, or start anew without --resume")  # fmt: skip
+                raise UserError(f"--resume {run.folder}: its settings were others "
+                                f"({'; '.join(wrong)}); restore them, or start anew without "
+                                "--resume")
     if run.folder is None:
         run.folder = log.new_run(SCRIPT, args.output, run.rank)
     run.stop = checkpoint.StopSignal()
@@ -1099,7 +1119,7 @@ def main(args):
         written = {x: vars(settings[x]) for x in stages}
         run.log.write(dict(script=SCRIPT, command=sys.argv, args=vars(args), recipe=run.recipe,
                            settings=written, classes=data.classes, split=split.describe(),
-                           world=run.world, **log.versions()))  # fmt: skip
+                           world=run.world, **log.versions()))
     run.results = state["results"] if state else {}
     greet(args, split, {x: settings[x] for x in stages}, run)
 
@@ -1120,7 +1140,8 @@ def main(args):
         model = build_model(args, len(data.classes), drop_path, pretrained=False).to(run.device)
         model.load_state_dict(weights_now)
         resume = state if state and state["stage"] == stage else None
-        teacher = run_stage(stage, model, warm_teacher, data, split, settings[stage], args, run, resume)
+        teacher = run_stage(stage, model, warm_teacher, data, split, settings[stage], args, run,
+                            resume)
         warm_teacher = None if teacher is None else teacher.module.state_dict()
     if run.rank == 0:
         finish(args, data, split, settings[stages[-1]], model, run)
@@ -1150,7 +1171,7 @@ def start_processes(args) -> SimpleNamespace:
         device_ids=[device.index] if device.type == "cuda" else None,
         precision=Precision(device, args.dtype),
         image_size=args.image_size or DATASETS[args.dataset][0],
-        stats=255.0 * stats.view(2, 3, 1, 1))  # fmt: skip
+        stats=255.0 * stats.view(2, 3, 1, 1))
 
 
 def on_meta(args, num_classes: int, drop_path: float = 0.0) -> nn.Module:
@@ -1165,14 +1186,14 @@ def greet(args, split, settings, run):
         paper = paper_args(args)
         number = paper_number(paper)
         run.log.say(f"training on the embedded digits; on ImageNet: {command_of(paper)}"
-                    + (f"   (the paper: {number} top-1)" if number else ""))  # fmt: skip
+                    + (f"   (the paper: {number} top-1)" if number else ""))
     run.log.say(f"recipe {key}: {row['source']}")
     run.log.say(split.describe())
     for stage, s in settings.items():
         unlabeled = f" + {s.unlabeled_ratio} x unlabelled" if stage == "semi" else ""
-        run.log.say(f"{stage}: {s.epochs} epochs, batch {s.batch_size} labelled{unlabeled} = {run.world} "
-                    f"processes x {args.accum_steps} parts x {s.micro_batch}, lr {s.lr:g} "
-                    f"({s.sources['lr']})")  # fmt: skip
+        run.log.say(f"{stage}: {s.epochs} epochs, batch {s.batch_size} labelled{unlabeled} = "
+                    f"{run.world} processes x {args.accum_steps} parts x {s.micro_batch}, "
+                    f"lr {s.lr:g} ({s.sources['lr']})")
     dtype = str(run.precision.dtype).split(".")[-1]
     run.log.say(f"{run.folder}: {args.arch} on {run.device}, {dtype}, {run.workers} workers")
 
@@ -1183,13 +1204,13 @@ def finish(args, data, split, s, model, run):
 
     name, arguments = timm_arguments(args, len(data.classes))
     about = dict(timm_model=name, timm_arguments=arguments, classes=data.classes, arch=args.arch,
-                 image_size=run.image_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)  # fmt: skip
+                 image_size=run.image_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
     metadata = {"model": json.dumps(about)}  # one key: several have no fixed order in the file
     tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
     save_file(tensors, run.folder / "model.safetensors", metadata=metadata)
     run.log.write(dict(results=run.results))
     panels = {"losses": ["loss", "loss_l", "loss_u"], "top-1 (%)": ["top1", "ema_top1"],
-              "pseudo-labels": ["kept", "pseudo_acc", "kept_acc"], "learning rate": ["lr"]}  # fmt: skip
+              "pseudo-labels": ["kept", "pseudo_acc", "kept_acc"], "learning rate": ["lr"]}
     report.curves(log.read_log(run.folder), run.folder / "curves.png", panels)
     draw_views(data, split, s, args, run)
 
@@ -1198,7 +1219,7 @@ def finish(args, data, split, s, model, run):
     for stage, r in run.results.items():
         teacher = f", teacher {r['ema_top1']:.2f}" if "ema_top1" in r else ""
         run.log.say(f"{names[stage]:<33} top-1 {r['top1']:6.2f}, top-5 {r['top5']:6.2f}{teacher}   "
-                    f"{r['updates']} updates, {r['seconds']:.0f} s")  # fmt: skip
+                    f"{r['updates']} updates, {r['seconds']:.0f} s")
     if {"sup", "semi"} <= run.results.keys():
         gain = run.results["semi"]["top1"] - run.results["sup"]["top1"]
         run.log.say(f"{'gain':<33}       {gain:+6.2f}")
@@ -1213,25 +1234,37 @@ def predict(args, model, classes, s, run, folder):
     view = T.Compose(view_lists(args.dataset, run.image_size, s)["evaluate"])
     model.eval()
     with torch.no_grad():
-        report.predict(args.predict, lambda seen: logits_of(model, seen, run).softmax(-1).cpu(), view,
-                       classes, folder, run.workers)  # fmt: skip
+        report.predict(args.predict, lambda seen: logits_of(model, seen, run).softmax(-1).cpu(),
+                       view, classes, folder, run.workers)
+
+
+def load_final(folder: str) -> tuple[nn.Module, dict]:
+    """The model of a finished run and its metadata, from model.safetensors alone. Raises UserError."""
+    from safetensors import safe_open
+
+    file = Path(folder) / "model.safetensors"
+    if not file.exists():
+        raise UserError(f"--eval {folder}: no model.safetensors there; finish it: --resume {folder}")
+    tensors = checkpoint.read(file)
+    with safe_open(file, "pt") as opened:
+        about = json.loads(opened.metadata()["model"])
+    model = timm.create_model(about["timm_model"], **about["timm_arguments"])
+    weights.load_exactly(model, tensors, set(), f"--eval {folder}")
+    return model, about
 
 
 def evaluate_run(args, data, run):
     """--eval RUN: the final weights on the validation set, and --predict; nothing is trained."""
-    file = Path(args.eval) / "model.safetensors"
-    model = build_model(args, len(data.classes), pretrained=False)
-    if not file.exists():
-        raise UserError(f"--eval {args.eval}: no model.safetensors; finish it: --resume {args.eval}")
-    weights.load_exactly(model, checkpoint.read(file), set(), f"--eval {args.eval}")
+    model, about = load_final(args.eval)
     model, s = model.to(run.device), derive(args, STAGES[0], 1)
+    run.image_size = about["image_size"]
     view = T.Compose(view_lists(args.dataset, run.image_size, s)["evaluate"])
     r = evaluate(model, data.val, view, run)
     if run.rank == 0:
         pictures = len(data.val)
         print(f"{args.eval}: top-1 {r['top1']:.2f}, top-5 {r['top5']:.2f} on {pictures} pictures")
         if args.predict:
-            predict(args, model, data.classes, s, run, Path(args.eval))
+            predict(args, model, about["classes"], s, run, Path(args.eval))
 
 
 def draw_views(data, split, s, args, run, count=10):
@@ -1241,7 +1274,8 @@ def draw_views(data, split, s, args, run, count=10):
     def look(name, positions):
         stream = Stream("picture", positions[:count], min(count, len(positions)), args.seed)
         bad = BadImages(data.train, args.max_bad_images)
-        loader = stream_loader(data.train, [T.Compose(lists[name])], stream, start=0, stop=1, bad=bad)
+        loader = stream_loader(data.train, [T.Compose(lists[name])], stream, start=0, stop=1,
+                               bad=bad)
         (seen,), _ = next(loader)
         return to_model(*seen, run.stats.cpu())
 
@@ -1251,8 +1285,8 @@ def draw_views(data, split, s, args, run, count=10):
         rows |= {name: look(name, shown) for name in ("weak", "strong")}
         if s.unlabeled_mix == "prob":  # as with equal confidences
             n = len(rows["strong"])
-            rows["mixed"], _, _ = prob_pseudo_mixup(rows["strong"], torch.zeros(n, 1), torch.ones(n),
-                                                    cutmix_prob=s.unlabeled_cutmix)  # fmt: skip
+            rows["mixed"], _, _ = prob_pseudo_mixup(
+                rows["strong"], torch.zeros(n, 1), torch.ones(n), cutmix_prob=s.unlabeled_cutmix)
     mean, std = run.stats.cpu() / 255.0
     pictures = {name: row * std + mean for name, row in rows.items()}
     report.contact_sheet(pictures, run.folder / "views.png", f"views of {args.dataset}")
@@ -1265,13 +1299,14 @@ def paper_args(args) -> SimpleNamespace:
     """The same flags on ImageNet, from the initial weights that the paper has for this arch."""
     arch = "vit_base" if args.arch in ("vit_digits", "vit_tiny") else args.arch
     dataset = args.dataset if args.dataset in ("food101", "inat2019", "landmarks") else "imagenet"
-    inits = {"vit_small": "dino_deitsmall16_pretrain.pth", "convnext_tiny": None, "convnext_small": None}
-    init = args.init or inits.get(arch, f"mae_pretrain_{arch}.pth")
-    if dataset != "imagenet":
-        init = args.init or "supervised.pth"
+    inits = {"vit_small": "dino_deitsmall16_pretrain.pth",
+             "convnext_tiny": None, "convnext_small": None}
+    init = inits.get(arch, f"mae_pretrain_{arch}.pth") if dataset == "imagenet" else "supervised.pth"
+    if args.init and not Path(args.init).is_dir():  # a run of ours has no row in the paper
+        init = args.init
     labels = percent(args) if percent(args) in (1, 10, 100) else 10
     changed = dict(arch=arch, dataset=dataset, init=init, labels=labels, num_labels=None,
-                   labels_file=None, image_size=None, patch_size=None)  # fmt: skip
+                   labels_file=None, image_size=None, patch_size=None)
     return SimpleNamespace(**{**vars(args), **changed})
 
 
@@ -1311,7 +1346,8 @@ def dry_run(args) -> str:
     """Two blocks: the run that these flags start, and the paper's row for this arch and labels."""
     lines = []
     for title, a in (("this run", args), ("the paper's row", paper_args(args))):
-        share = f"{percent(a):g}% of the labels" if percent(a) else f"{a.num_labels or 'listed'} labels"
+        share = (f"{percent(a):g}% of the labels" if percent(a)
+                 else f"{a.num_labels or 'listed'} labels")
         lines.append(f"== {title}: {a.dataset}, {a.arch}, {share}, init {init_kind(a)}")
         lines += [f"   {command_of(a)}"] if title != "this run" else []
         number = paper_number(a)
@@ -1344,7 +1380,8 @@ def cost_lines(args, stage, s) -> list[str]:
     updates = ""
     if total:  # known without the data
         exact = {("imagenet", 1): 12820, ("imagenet", 10): 128118}  # App. A, Dataset Sampling
-        labeled = exact.get((args.dataset, percent(args)), round(total * (percent(args) or 0) / 100))
+        labeled = exact.get((args.dataset, percent(args)),
+                            round(total * (percent(args) or 0) / 100))
         labeled = args.num_labels or labeled
         pool = total - labeled * (s.unlabeled_pool == "rest")
         steps = max(1, labeled // s.batch_size if stage == "sup" else pool // n_u)
@@ -1352,7 +1389,7 @@ def cost_lines(args, stage, s) -> list[str]:
     return [f"  parameters {count:,}, of which {count - fixed:,} are trained",
             f"  per update {s.batch_size} labelled + {n_u} unlabelled images{updates}",
             f"  per update {flops / 1e12:.4g} TFLOP; memory about {gib[0]:.1f} GiB in float32, "
-            f"{gib[1]:.1f} GiB in 16 bit"]  # fmt: skip
+            f"{gib[1]:.1f} GiB in 16 bit"]
 
 
 # ===== 9. ENTRY POINT =============================================================================

@@ -4,7 +4,7 @@
   python benchmarks/reproduce.py semi_vit/digits/prob   run its seeds side by side, one thread each;
                                                         say whether the mean lies inside the band
   python benchmarks/reproduce.py NAME ... --write       the same, and keep the logs in docs/logs
-  python benchmarks/reproduce.py --table                docs/results.md and docs/bands.json from docs/logs
+  python benchmarks/reproduce.py --table                docs/results.md, bands.json from docs/logs
 
 Nothing in docs/results.md is typed by hand: every number comes from a log in docs/logs, every
 sentence from docs/results.head.md and docs/results.notes.json (one note per table).
@@ -28,21 +28,28 @@ from common.log import read_log  # noqa: E402
 from common.report import recipe_hash  # noqa: E402
 
 ROWS = {  # name: (table, what, command, seeds); --seed and --split-seed vary together
-    "semi_vit/digits/sup": ("Semi-ViT on the digits, 80 labels", "supervised, the stage that all start from",
-                            "semi_vit.py --method sup", 3),
-    "semi_vit/digits/sup_long": ("Semi-ViT on the digits, 80 labels", "supervised, as many updates as both stages",
-                                 "semi_vit.py --method sup --epochs 2176", 3),
-    "semi_vit/digits/fixmatch": ("Semi-ViT on the digits, 80 labels", "FixMatch (m = 0)",
-                                 "semi_vit.py --method fixmatch", 1),
-    "semi_vit/digits/ema_teacher": ("Semi-ViT on the digits, 80 labels", "EMA-Teacher, no mixing",
-                                    "semi_vit.py --method ema_teacher", 3),
-    "semi_vit/digits/mixup": ("Semi-ViT on the digits, 80 labels", "EMA-Teacher + Pseudo Mixup",
-                              "semi_vit.py --unlabeled-mix mixup", 1),
-    "semi_vit/digits/mixup+": ("Semi-ViT on the digits, 80 labels", "EMA-Teacher + Pseudo Mixup+",
-                               "semi_vit.py --unlabeled-mix mixup+", 1),
-    "semi_vit/digits/prob": ("Semi-ViT on the digits, 80 labels", "Semi-ViT (probabilistic pseudo mixup)",
-                             "semi_vit.py", 3),
-}  # fmt: skip
+    "semi_vit/digits/sup": (
+        "Semi-ViT on the digits, 80 labels", "supervised, the stage that all start from",
+        "semi_vit.py --method sup", 3),
+    "semi_vit/digits/sup_long": (
+        "Semi-ViT on the digits, 80 labels", "supervised, as many updates as both stages",
+        "semi_vit.py --method sup --epochs 2176", 3),
+    "semi_vit/digits/fixmatch": (
+        "Semi-ViT on the digits, 80 labels", "FixMatch (m = 0)",
+        "semi_vit.py --method fixmatch", 1),
+    "semi_vit/digits/ema_teacher": (
+        "Semi-ViT on the digits, 80 labels", "EMA-Teacher, no mixing",
+        "semi_vit.py --method ema_teacher", 3),
+    "semi_vit/digits/mixup": (
+        "Semi-ViT on the digits, 80 labels", "EMA-Teacher + Pseudo Mixup",
+        "semi_vit.py --unlabeled-mix mixup", 1),
+    "semi_vit/digits/mixup+": (
+        "Semi-ViT on the digits, 80 labels", "EMA-Teacher + Pseudo Mixup+",
+        "semi_vit.py --unlabeled-mix mixup+", 1),
+    "semi_vit/digits/prob": (
+        "Semi-ViT on the digits, 80 labels", "Semi-ViT (probabilistic pseudo mixup)",
+        "semi_vit.py", 3),
+}
 
 
 def log_file(name: str, seed: int) -> Path:
@@ -56,8 +63,8 @@ def run_seed(name: str, seed: int, folder: Path) -> list[dict]:
     flags = ["--seed", str(seed), "--split-seed", str(seed), "--output", str(output)]
     command = [sys.executable, *shlex.split(ROWS[name][2]), *flags]
     with open(ROOT / f"{output}.txt", "w") as text:
-        code = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=text,
-                              stderr=subprocess.STDOUT).returncode  # fmt: skip
+        code = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                              stdout=text, stderr=subprocess.STDOUT).returncode
     if code:
         sys.exit(f"{name} seed {seed} ended with code {code}: see {output}.txt")
     return read_log(ROOT / output)
@@ -86,7 +93,7 @@ def committed(name: str) -> list[list[dict]]:
 
 
 def compare(name: str, logs: list[list[dict]]):
-    """Print the new mean beside the committed band: two spreads, at least one point, to either side."""
+    """Print the new mean beside the committed band: two spreads, at least one point, each way."""
     old = committed(name)
     for stage, (mean, spread) in band_of(logs)["top1"].items():
         line = f"{name}  {stage}: {mean:.2f} +- {spread:.2f} ({len(logs)} seeds)"
@@ -110,31 +117,39 @@ def write_table():
             if table:
                 lines += ["", notes.get(table, "")]
             table = title
-            lines += ["", f"## {title}", "", "| what | top-1, last stage | each seed | its supervised stage | gain | teacher "
-                      "| updates | minutes | name for reproduce.py, command |", "|---|---|---|---|---|---|---|---|---|"]
+            lines += ["", f"## {title}", "",
+                      "| what | top-1, last stage | each seed | its supervised stage | gain "
+                      "| teacher | updates | minutes | name for reproduce.py, command |",
+                      "|---|---|---|---|---|---|---|---|---|"]
         last = list(results_of(logs[0]))[-1]
         ends = [results_of(log)[last] for log in logs]
         mean, spread = summary([e["top1"] for e in ends])
-        how = f"{mean:.1f} ± {spread:.1f} ({len(logs)} seeds)" if len(logs) > 1 else f"{mean:.1f} (single run)"
+        how = (f"{mean:.1f} ± {spread:.1f} ({len(logs)} seeds)" if len(logs) > 1
+               else f"{mean:.1f} (single run)")
         start = gain = teacher = "-"
         if last != "sup":
             starts = [results_of(log)["sup"]["top1"] for log in logs]
             gains = [e["top1"] - s for e, s in zip(ends, starts)]
-            start, gain = f"{statistics.mean(starts):.1f}", f"{statistics.mean(gains):+.1f} (least {min(gains):+.1f})"
-            teacher = f"{statistics.mean(e['ema_top1'] for e in ends):.1f}" if "ema_top1" in ends[0] else "-"
+            start, gain = (f"{statistics.mean(starts):.1f}",
+                           f"{statistics.mean(gains):+.1f} (least {min(gains):+.1f})")
+            teacher = (f"{statistics.mean(e['ema_top1'] for e in ends):.1f}"
+                       if "ema_top1" in ends[0] else "-")
         updates = sum(r["updates"] for r in results_of(logs[0]).values())
-        minutes = statistics.mean(sum(r["seconds"] for r in results_of(log).values()) for log in logs) / 60
+        minutes = statistics.mean(
+            sum(r["seconds"] for r in results_of(log).values()) for log in logs) / 60
         each = ", ".join(f"{e['top1']:.1f}" for e in ends)
-        lines.append(f"| {what} | {how} | {each} | {start} | {gain} | {teacher} | {updates} | {minutes:.1f} "
-                     f"| `{name}`: `python {command}` |")  # fmt: skip
+        lines.append(f"| {what} | {how} | {each} | {start} | {gain} | {teacher} | {updates} "
+                     f"| {minutes:.1f} | `{name}`: `python {command}` |")
         first = logs[0][0]
         bands[recipe_hash(first["recipe"])] = {"name": name, **band_of(logs)}
-        lines.append(f"<!-- {name}: commit {first['commit']}, torch {first['torch']}, timm {first['timm']}, "
-                     f"{first['hardware']}; splits {', '.join(log[0]['recipe']['split'][:12] for log in logs)} -->")
+        lines.append(f"<!-- {name}: commit {first['commit']}, torch {first['torch']}, "
+                     f"timm {first['timm']}, {first['hardware']}; splits "
+                     f"{', '.join(log[0]['recipe']['split'][:12] for log in logs)} -->")
     lines += ["", notes.get(table, "")]
     rows = [x for x in lines if x.startswith("<!--")]
     lines = [x for x in lines if not x.startswith("<!--")]
-    lines += ["", "## How each was run", "", *[f"- `{x[5:-4].replace(': ', '`: ', 1)}" for x in rows], ""]
+    lines += ["", "## How each was run", "",
+              *[f"- `{x[5:-4].replace(': ', '`: ', 1)}" for x in rows], ""]
     (ROOT / "docs" / "results.md").write_text("\n".join(lines))
     (ROOT / "docs" / "bands.json").write_text(json.dumps(bands, indent=1) + "\n")
     print(f"docs/results.md, docs/bands.json: {len(bands)} rows")
@@ -142,11 +157,15 @@ def write_table():
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("names", nargs="*", help="rows to run, see --list; a prefix such as semi_vit/digits takes all below it")
+    p.add_argument("names", nargs="*", help="rows to run, see --list; a prefix such as "
+                   "semi_vit/digits takes all below it")
     p.add_argument("--list", action="store_true", help="print the rows")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
-    p.add_argument("--write", action="store_true", help="keep the logs in docs/logs and make the table again")
-    p.add_argument("--table", action="store_true", help="make docs/results.md from docs/logs, run nothing")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(),
+                   help="runs side by side, one thread each")
+    p.add_argument("--write", action="store_true",
+                   help="keep the logs in docs/logs and make the table again")
+    p.add_argument("--table", action="store_true",
+                   help="make docs/results.md from docs/logs, run nothing")
     p.add_argument("--folder", type=Path, default=Path("runs/reproduce"), help="where the runs go")
     args = p.parse_args()
     if args.list or not (args.names or args.table):
@@ -158,14 +177,17 @@ def main():
         p.error(f"no row named {' '.join(args.names)}; see --list")
     (ROOT / args.folder).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = {n: [pool.submit(run_seed, n, seed, args.folder) for seed in range(ROWS[n][3])] for n in names}
+        runs = {n: [pool.submit(run_seed, n, seed, args.folder) for seed in range(ROWS[n][3])]
+                for n in names}
         for name, futures in runs.items():
             compare(name, [f.result() for f in futures])
     if args.write:
         for name in names:
             for seed in range(ROWS[name][3]):
                 log_file(name, seed).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / args.folder / f"{name.replace('/', '-')}-seed{seed}" / "log.jsonl", log_file(name, seed))
+                shutil.copy(
+                    ROOT / args.folder / f"{name.replace('/', '-')}-seed{seed}" / "log.jsonl",
+                    log_file(name, seed))
     if args.write or args.table:
         write_table()
 

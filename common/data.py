@@ -72,7 +72,7 @@ def _in_memory(arrays) -> list[Images]:
         Images(np.array([f"{part}/{i:05d}" for i in range(len(labels))], dtype=np.bytes_),
                np.asarray(labels, np.int64), pixels=pixels)
         for part, (pixels, labels) in zip(("train", "test"), arrays)
-    ]  # fmt: skip
+    ]
 
 
 def _scan(folder: Path) -> list[str]:

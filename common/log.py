@@ -1,5 +1,6 @@
 """Run folders, log.jsonl, progress, and one clear line instead of a traceback for bad input."""
 
+import contextlib
 import errno
 import functools
 import json
@@ -42,28 +43,23 @@ def new_run(script: str, output: str | None, rank: int = 0) -> Path:
     if output:
         folder = Path(output)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(
-                f"--output {folder} is not empty; name another folder, or --resume {folder} goes on"
-            )
+            raise UserError(f"--output {folder} is not empty; name another folder, or "
+                            f"--resume {folder} goes on")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     Path("runs").mkdir(exist_ok=True)
     for n in range(1, 100_000):
         folder = Path("runs") / f"{script}-{n:03d}"
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir()
             return folder
-        except FileExistsError:
-            continue
 
 
 def find_run(script: str, recipe: dict) -> Path | None:
     """The newest runs/SCRIPT-NNN with a checkpoint and equal mathematics (--resume auto)."""
     folders = sorted(Path("runs").glob(f"{script}-*"), key=os.path.getmtime, reverse=True)
-    for folder in folders:
-        if any(folder.glob("checkpoint*.pt")) and _settings(folder).get("recipe") == recipe:
-            return folder
-    return None
+    saved = (f for f in folders if any(f.glob("checkpoint*.pt")))
+    return next((f for f in saved if _settings(f).get("recipe") == recipe), None)
 
 
 def _settings(folder: Path) -> dict:
@@ -86,13 +82,11 @@ def read_log(folder: Path) -> list[dict]:
 
 def versions() -> dict:
     """What a number depends on: Python, the libraries, the commit, the hardware."""
-    root = Path(__file__).resolve().parent
-    git = ["git", "-C", str(root)]
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    asked = [*git, "rev-parse", "HEAD"], [*git, "status", "--porcelain", "-uno"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-        status = [*git, "status", "--porcelain", "-uno"]
-        dirty = subprocess.run(status, capture_output=True, text=True)
-        commit = commit.strip() + ("+changes" if dirty.stdout.strip() else "")
+        said = [subprocess.run(a, capture_output=True, text=True).stdout.strip() for a in asked]
+        commit = said[0] + ("+changes" if said[1] else "")
     except OSError:
         commit = ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -148,15 +142,14 @@ class RunLog:
         batches = iter(batches)
         while True:
             began = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
+            batch = next(batches, None)
+            if batch is None:
                 return
             self.waited += time.perf_counter() - began
             yield batch
 
     def add(self, step: int, numbers: dict):
-        """Keep a step's numbers (0-dim tensors, on the device). Says after two how long it takes."""
+        """Keep a step's numbers (0-dim, on the device). After two, says how long it will take."""
         self.kept.append({k: v.detach().float() for k, v in numbers.items()})
         self.timed += 1
         self.bar.update()

@@ -176,8 +176,9 @@ def refuse_too_large(costs: dict, images: int, halved: bool, device, accum: int)
     if need > room:
         left = room - costs["fixed"]
         parts = accum * -(-per_image * images // left) if left > per_image else 0
-        remedy = f"--accum-steps {1 << int(parts - 1).bit_length()}" if parts else "a smaller --arch"
+        remedy = (f"--accum-steps {1 << int(parts - 1).bit_length()}" if parts
+                  else "a smaller --arch")
         raise UserError(
-            f"--batch-size: {images} images in one part of a step need about {need / 2**30:.1f} GiB,"
-            f" {room / 2**30:.1f} GiB are free; {remedy} would fit"
+            f"--batch-size: {images} images in one part of a step need about "
+            f"{need / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are free; {remedy} would fit"
         )

@@ -4,6 +4,7 @@
   python -m common.splits check [--data-path DIR] --labels-file LABELED [UNLABELED]
 DIR holds train/<class>/ or <class>/; the layouts of lists are in split_lists.py.
 """
+
 import argparse
 import functools
 import os
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.split_lists import (KNOWN, UserError, _bad, _finder, _image_folder, _read_lists,
-                                fingerprint, sha256, stem)
+from common import split_lists
+from common.split_lists import KNOWN, UserError, _bad, _read_lists, fingerprint, sha256, stem
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,7 @@ def read_split(ids, targets, classes, labeled_file, unlabeled_file=None, *, pool
     root  folder of the ids: an image that is a link to outside of it is refused
     Raises UserError with the line number.
     """
-    find, real = _finder(ids), functools.cache(os.path.realpath)
+    find, real = split_lists._finder(ids), functools.cache(os.path.realpath)
     # torchvision sorts classes, folders in them, files in those: not the order of the whole paths.
     in_order = functools.cache(lambda: sorted(
         range(len(ids)), key=lambda i: (ids[i].split("/")[0], *os.path.split(ids[i]))))
@@ -167,7 +168,7 @@ def main(argv=None) -> int:
     try:
         args = parser.parse_args(argv)
         if args.command == "make":
-            ids, targets, classes, _ = _image_folder(args.data_path)
+            ids, targets, classes, _ = split_lists._image_folder(args.data_path)
             split = make_split(ids, targets, classes, percent=args.labels, number=args.num_labels,
                                seed=args.split_seed, pool=args.unlabeled_pool)
             if os.path.exists(os.path.join(args.output, "labeled.txt")):
@@ -177,7 +178,7 @@ def main(argv=None) -> int:
         if len(args.labels_file) > 2:
             raise UserError("--labels-file takes one or two lists: LABELED [UNLABELED]")
         if args.data_path:
-            ids, targets, classes, root = _image_folder(args.data_path)
+            ids, targets, classes, root = split_lists._image_folder(args.data_path)
             print(read_split(ids, targets, classes, *args.labels_file, root=root).describe())
             return 0
         as_written = _read_lists(args.labels_file, lambda text: False,

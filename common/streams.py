@@ -163,7 +163,7 @@ def _end_with(parent: int):
 def _loader(views: Views, batches, workers: int, pin: bool = False) -> DataLoader:
     # the default generator belongs to the step: a resumed run must not draw from it
     return DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=pin,
-                      worker_init_fn=_start_worker, generator=torch.Generator())  # fmt: skip
+                      worker_init_fn=_start_worker, generator=torch.Generator())
 
 
 def stream_loader(

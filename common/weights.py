@@ -14,13 +14,15 @@ def read_init(path: str) -> dict:
     file = Path(path) / checkpoint.NEWEST if Path(path).is_dir() else Path(path)
     if file.name == checkpoint.NEWEST:
         return checkpoint.load_newest(file.parent, tidy=False)  # the run may be going on
+    if file.name == "model.safetensors" and (file.parent / "log.jsonl").exists():
+        raise UserError(f"--init {path}: a run of this project; give its folder, {file.parent}")
     if not file.exists():
         raise UserError(f"--init {path}: no such file; the README's table names the published ones")
     return checkpoint.read(file)
 
 
 def rename(state: dict, enter: list[str], patterns: list[tuple[str, str | None]]) -> dict:
-    """Enter the keys in turn, then rename by the first pattern that fits a whole key; None drops it."""
+    """Enter the keys in turn; rename by the first pattern that fits a whole key, None drops it."""
     for key in enter:
         state = state[key]
     weights = {}
@@ -36,7 +38,7 @@ def rename(state: dict, enter: list[str], patterns: list[tuple[str, str | None]]
 
 
 def load_exactly(model: nn.Module, weights: dict, may_miss: set[str], what: str):
-    """Load; only `may_miss` may be missing, nothing may be left over. Raises UserError with the keys."""
+    """Load; only `may_miss` may be missing, nothing left over. Raises UserError with the keys."""
     own = model.state_dict()
     wrong = [k for k in weights if k in own and weights[k].shape != own[k].shape]
     if wrong:

@@ -941,7 +941,7 @@ def test_food101_as_published(tmp_path):
     data = load_dataset("food101", str(tmp_path))
     assert data.classes == ["apple", "pie"]
     assert dict(zip(data.train.ids.tolist(), data.train.targets.tolist())) == {
-        b"pie/1.jpg": 1, b"pie/2.jpg": 1, b"apple/3.jpg": 0}  # fmt: skip
+        b"pie/1.jpg": 1, b"pie/2.jpg": 1, b"apple/3.jpg": 0}
     assert data.val.ids.tolist() == [b"pie/4.jpg", b"apple/5.jpg"] and data.val.pil(0).size == (
         4,
         4,

@@ -162,7 +162,7 @@ def test_r2_a_signal_under_torchrun(script, tiny, tmp_path):
     """torchrun passes SIGTERM on to two processes and their workers; both stop at the same step."""
     argv = script.argv(tiny, f"{script.long} --workers 1 --print-every 1 --save-every 100000")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "--master-port", free_port(), str(ROOT / f"{script.name}.py"), *argv]  # fmt: skip
+               "--master-port", free_port(), str(ROOT / f"{script.name}.py"), *argv]
     (tmp_path / "a").mkdir()
     with open(tmp_path / "a" / "out.txt", "wb") as out:
         process = subprocess.Popen(command, cwd=tmp_path / "a", stdout=out, stderr=out)
@@ -299,7 +299,7 @@ def semi_vit_case(script, stage):
         perm = b["partner"] + 8 * (torch.arange(len(b["partner"])) // 8)
         draws = dict(perm=perm, use_cutmix=b["cut"], boxes=b["boxes"])
         return script.semi_step(student, teacher.eval(), b["x_l"], b["y_l"], b["x_u_w"], b["x_u_s"],
-                                10, s, precision, mix_u=draws)[0]  # fmt: skip
+                                10, s, precision, mix_u=draws)[0]
 
     return student.eval(), batch, losses
 
@@ -386,7 +386,7 @@ def test_r9_semi_vit_mixes_within_a_process_on_purpose():
         label_smoothing=0.0, mix_labeled=1, mixup=0.8, cutmix=0.0, mix_lam="batch", cutmix_half_up=1
     )
     draws = dict(use_cutmix=torch.tensor([False]), lam=torch.tensor([0.75]))
-    both = [script.labeled_targets(x[i : i + 4], y[i : i + 4], 10, s, **draws) for i in (0, 4)]
+    both = [script.labeled_targets(x[i : i + 4], y[i : i + 4], 10, s, draws) for i in (0, 4)]
     pairs = [[3, 2, 1, 0], [7, 6, 5, 4]]  # labelled: the reversed batch of this process
     for (mixed, targets), first, partners in zip(both, (0, 4), pairs):
         own = slice(first, first + 4)
@@ -394,7 +394,7 @@ def test_r9_semi_vit_mixes_within_a_process_on_purpose():
         assert (targets[:, partners].diagonal() == 0.25).all() and (
             targets[:, own].diagonal() == 0.75
         ).all()
-    alone, _ = script.labeled_targets(x, y, 10, s, **draws)
+    alone, _ = script.labeled_targets(x, y, 10, s, draws)
     assert not torch.equal(alone[:4], both[0][0])  # one process of eight pairs 0 with 7
     torch.manual_seed(0)
     keep = torch.tensor([True, False, True, True])

@@ -10,7 +10,7 @@ import pytest
 from conftest import NAMES, ROOT, SCRIPTS
 
 SECTIONS = ["CONFIG", "DATA", "MODEL", "LOSSES", "OPTIMISER AND SCHEDULES", "TRAINING STEP",
-            "EVALUATION", "MAIN LOOP", "ENTRY POINT"]  # fmt: skip
+            "EVALUATION", "MAIN LOOP", "ENTRY POINT"]
 SHARED = re.compile(r"^# <shared: (\S+)>\n(.*?)^# </shared>", re.S | re.M)
 COMMON = sorted((ROOT / "common").glob("*.py"))
 SOURCES = [ROOT / f"{name}.py" for name in NAMES]
@@ -135,7 +135,7 @@ def parser_of(script, monkeypatch):
     parse = argparse.ArgumentParser.parse_args
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args",
-                      lambda self, *a, **k: seen.append(self) or parse(self, *a, **k))  # fmt: skip
+                      lambda self, *a, **k: seen.append(self) or parse(self, *a, **k))
         script.module().parse_args([])
     return seen[0]
 
