@@ -185,9 +185,9 @@ _INAT_1 = dict(_OTHER_1, sup=dict(lr_per_256=2.5e-4, **_WEAK))
 _DIGITS = dict(  # found on 1,000 held-out training images, see docs/results.md
     sup=dict(epochs=1000, batch_size=64, lr=3e-3, warmup_epochs=50, layer_decay=1.0, drop_path=0.0,
              label_smoothing=0.0, mixup=0.0, cutmix=0.0, reprob=0.0),
-    semi=dict(epochs=24, batch_size=32, lr=2e-3, warmup_epochs=1, layer_decay=1.0, drop_path=0.0,
-              label_smoothing=0.0, mix_labeled=0, tau=0.7, lambda_u=1.0, ema_decay=0.99,
-              crop_min=0.6), source="measured here")
+    semi=dict(epochs=24, batch_size=32, lr=4e-3, warmup_epochs=1, layer_decay=1.0, drop_path=0.0,
+              label_smoothing=0.0, mix_labeled=0, reprob=0.0, tau=0.7, lambda_u=3.0,
+              ema_decay=0.99, crop_min=0.6), source="measured here")
 _DIGITS_LARGE = dict(sup=dict(_DIGITS["sup"], lr=3e-4), semi=dict(_DIGITS["semi"], lr=3e-4),
                      source="as for vit_digits, smaller steps; not tuned")
 _CIFAR = dict(sup=dict(lr_per_256=5e-4, layer_decay=1.0, batch_size=128, crop_min=0.35),
@@ -1239,12 +1239,12 @@ def predict(args, model, classes, s, run, folder):
 
 
 def load_final(folder: str) -> tuple[nn.Module, dict]:
-    """The model of a finished run and its metadata, from model.safetensors alone. Raises UserError."""
+    """A finished run's model and its metadata, from model.safetensors alone. Raises UserError."""
     from safetensors import safe_open
 
     file = Path(folder) / "model.safetensors"
     if not file.exists():
-        raise UserError(f"--eval {folder}: no model.safetensors there; finish it: --resume {folder}")
+        raise UserError(f"--eval {folder}: no model.safetensors; finish it: --resume {folder}")
     tensors = checkpoint.read(file)
     with safe_open(file, "pt") as opened:
         about = json.loads(opened.metadata()["model"])
@@ -1301,7 +1301,9 @@ def paper_args(args) -> SimpleNamespace:
     dataset = args.dataset if args.dataset in ("food101", "inat2019", "landmarks") else "imagenet"
     inits = {"vit_small": "dino_deitsmall16_pretrain.pth",
              "convnext_tiny": None, "convnext_small": None}
-    init = inits.get(arch, f"mae_pretrain_{arch}.pth") if dataset == "imagenet" else "supervised.pth"
+    init = inits.get(arch, f"mae_pretrain_{arch}.pth")
+    if dataset != "imagenet":
+        init = "supervised.pth"
     if args.init and not Path(args.init).is_dir():  # a run of ours has no row in the paper
         init = args.init
     labels = percent(args) if percent(args) in (1, 10, 100) else 10
