@@ -19,7 +19,7 @@ Notation  x_l, x_u  labelled, unlabelled images; N_l, N_u their batch sizes, N_u
 
 How to run
   python semi_mae.py                                       80 labelled digits, minutes on a laptop
-  python semi_mae.py --data-path DIR --predict NEW         own pictures: labeled/<class>/, unlabeled/
+  python semi_mae.py --data-path DIR --predict NEW         own pictures: labeled/<class>/, ...
   python semi_mae.py --dataset imagenet --dry-run          which recipe, from where, at what cost
   python semi_mae.py --method mae                          weights for semi_vit.py --init
   torchrun --nproc-per-node 32 semi_mae.py --dataset imagenet --data-path DIR --labels 10
@@ -264,7 +264,7 @@ RECIPES = {  # (data set, arch, init, labels %): {stage: settings that differ fr
     ("imagenette", None, None, None): _untuned(256),
     ("folder", None, None, None): _untuned(256),
 }
-PAPER = {  # the paper's own top-1 (data set, arch, labels %): {--mim: number}       [Tables 1 and 3]
+PAPER = {  # the paper's own top-1 (data set, arch, labels %): {--mim: number}      [Tables 1 and 3]
     ("imagenet", "vit_small", 10): dict(mae=75.9, lomar=76.0),
 }
 
@@ -971,7 +971,7 @@ def sup_step(model, x_l, y_l, s, precision) -> dict[str, Tensor]:
 
 
 def semi_step(model, x_l, y_l, x_u_w, x_u_s, s, precision, draw):
-    """Stage semi. x_l (N_l, 3, S, S), y_l (N_l,); x_u_w, x_u_s (N_u, 3, S, S): weak and strong views
+    """Stage semi. x_l (N_l, 3, S, S), y_l (N_l,); x_u_w, x_u_s (N_u, 3, S, S): weak and strong view
     of the same images. Without a branch draw is None, and this is FixMatch, bit by bit. Returns
     losses by name, and y_hat and o (N_u,) for the log.
     """
@@ -1023,7 +1023,7 @@ def evaluate_branch(model, images, view, run, batch=250) -> dict[str, float]:
     """L_MAE on all images, the measure of stage pretrain; always the same draws."""
     sums = torch.zeros(2, device=run.device)
     share = dict(rank=run.rank, world=run.world, workers=run.workers)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(run.device_ids or []):
         torch.manual_seed(0)
         for seen, _ in eval_loader(images, view, batch, **share):
             x = to_model(*(t.to(run.device) for t in seen), run.stats)
@@ -1065,7 +1065,7 @@ def draw_reconstructions(model, images, view, run, title: str, count=10):
     chosen = images.take(np.arange(min(count, len(images))))
     ((seen, _),) = eval_loader(chosen, view, count)
     x = to_model(*(t.to(run.device) for t in seen), run.stats)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(run.device_ids or []):
         torch.manual_seed(0)
         rows = reconstructions(model, x, run.stats)
     report.contact_sheet(rows, run.folder / "reconstructions.png", title)
@@ -1094,7 +1094,7 @@ def run_stage(stage, model, moments, data, split, s, args, run, resume):
     names = {p: n for n, p in model.named_parameters()}
     groups = parameter_groups(model, s.weight_decay, s.decay_tokens)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, s.beta2), eps=1e-8, fused=True)
-    if s.lr_span == "run":  # E5
+    if stage == "semi" and s.lr_span == "run":  # E5
         optimizer.state.update({p: moments[n] for p, n in names.items() if n in moments})
     run.precision.reset()
     start, seconds_before, unprinted = 0, 0.0, []
@@ -1147,7 +1147,8 @@ def run_stage(stage, model, moments, data, split, s, args, run, resume):
                 losses = sup_step(student, x, y, s, run.precision)
             else:
                 (seen_w, seen_s), y_u = of_u
-                x_w, x_s, y_u = images(seen_w), images(seen_s), y_u.to(run.device)
+                x_w, x_s = images(seen_w), images(seen_s)
+                y_u = y_u.to(run.device, non_blocking=True)
                 draw = model.draw(len(x_w), run.device)
                 losses, y_hat, o = semi_step(student, x, y, x_w, x_s, s, run.precision, draw)
                 # The only use of unlabelled images' true labels, where known: two logged numbers.
@@ -1466,17 +1467,17 @@ def draw_views(data, split, s, args, run, count=10):
 
 
 def paper_args(args) -> SimpleNamespace:
-    """The same flags on ImageNet with 10% of the labels, the only share that the paper has."""
+    """The same flags on ImageNet from scratch with 10% of the labels, all that the paper has."""
     arch = "vit_small" if args.arch in ("vit_digits", "vit_tiny") else args.arch
     changed = dict(arch=arch, dataset="imagenet", labels=10, num_labels=None, labels_file=None,
-                   image_size=None, patch_size=None)
+                   image_size=None, patch_size=None, init=None, pretrain=False)
     return SimpleNamespace(**{**vars(args), **changed})
 
 
 def paper_number(args) -> float | None:
     """The paper's own top-1 for exactly these flags; None where it has none."""
-    given = [n for n in SETTINGS if getattr(args, n)] + [n for n in ("init", "pretrain", "image_size",
-             "patch_size", "unlabeled_pool") if getattr(args, n)]
+    others = ("init", "pretrain", "image_size", "patch_size", "unlabeled_pool")
+    given = [n for n in (*SETTINGS, *others) if getattr(args, n)]
     if given or args.method != "semi_mae" or args.stage != "all":
         return None
     return PAPER.get((args.dataset, args.arch, percent(args)), {}).get(args.mim)
@@ -1514,7 +1515,8 @@ def dry_run(args) -> str:
         for stage in stages_of(a):
             s = derive(a, stage, 1)
             hidden = {"sources", "micro_batch", "batch_u", "epochs_before", "epochs_total"}
-            hidden |= NOT_READ[stage] | (LOMAR_ONLY if a.mim == "mae" else MAE_ONLY)
+            hidden |= NOT_READ[stage] | (LOMAR_ONLY if a.mim != "lomar" else set())
+            hidden |= MAE_ONLY if a.mim != "mae" else set()
             values = {k: v for k, v in vars(s).items() if k not in hidden}
             lines.append(report.settings_table(f"stage {stage}", values, s.sources))
             lines += cost_lines(a, stage, s)
@@ -1522,10 +1524,7 @@ def dry_run(args) -> str:
 
 
 def cost(args, s, num_classes: int, stage: str) -> dict[str, float]:
-    """What an update costs: flops; fixed, and `kept`: bytes for an image of the batch, on average.
-
-    In units of a picture's passes: 3 forward with a backward, 1 without, see dossier of the branch.
-    """
+    """What an update costs: flops; fixed; kept, the mean over the images of its batch."""
     model, n_l, n_u = on_meta(args, s, num_classes, stage), s.batch_size, s.batch_u
     branch, size = model.decoder is not None, shape_of(args)["image_size"]
     model.forward = model.classify  # what `report.cost` calls
@@ -1535,7 +1534,7 @@ def cost(args, s, num_classes: int, stage: str) -> dict[str, float]:
         hidden = report.cost(model, size)
     if stage == "pretrain":
         return dict(hidden, flops=3 * n_l * hidden["flops"])
-    flops, kept = whole["flops"] * (3 * (n_l + n_u) + n_u), whole["kept"]  # n_u: the weak view
+    flops, kept = whole["flops"] * (3 * (n_l + n_u) + n_u), whole["kept"]  # weak views: once
     if branch:
         flops += 3 * n_u * hidden["flops"]
         kept += hidden["kept"] * n_u / (n_l + n_u)

@@ -419,6 +419,9 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
     for name, least in dict(epochs=0, batch_size=1, unlabeled_ratio=int(stage == "semi")).items():
         if getattr(s, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: at least {least}")
+    per_256, absolute = (getattr(args, name) or {} for name in ("lr_per_256", "lr"))
+    if stage in per_256 and stage not in absolute:
+        s.lr = None  # the flag wins over an absolute rate of the row
     if s.lr is None:  # linear scaling, by the labelled batch                               [App. A]
         s.lr = s.lr_per_256 * s.batch_size / 256
         s.sources["lr"] = f"{s.lr_per_256:g} x {s.batch_size} / 256"
@@ -533,6 +536,7 @@ def view_lists(dataset: str, size: int, s) -> dict[str, list]:
 # ===== 3. MODEL  (paper App. A, ViT Architectures) ================================================
 
 
+# <shared: sincos_pos_embed>
 def sincos_pos_embed(dim: int, grid: int) -> Tensor:
     """Fixed 2-D sine-cosine embedding, the class token's row of zeros first: (1, 1 + grid^2, dim).
 
@@ -544,6 +548,8 @@ def sincos_pos_embed(dim: int, grid: int) -> Tensor:
     axis = torch.cat([angle.sin(), angle.cos()], 1)  # (grid, dim/2)
     table = torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], 1)  # columns, rows
     return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table]).unsqueeze(0).float()
+
+# </shared>
 
 
 def timm_arguments(args, num_classes: int) -> tuple[str, dict]:

@@ -27,7 +27,9 @@ sys.path.insert(0, str(ROOT))
 from common.log import read_log  # noqa: E402
 from common.report import recipe_hash  # noqa: E402
 
-ROWS = {  # name: (table, what, command, seeds); --seed and --split-seed vary together
+# name: (table, what, command, seeds); --seed and --split-seed vary together. A list of commands:
+# all but the last prepare it, and {pretrain} stands for the folder of the first one's run.
+ROWS = {
     "semi_vit/digits/sup": (
         "Semi-ViT on the digits, 80 labels", "supervised, the stage that all start from",
         "semi_vit.py --method sup", 3),
@@ -49,25 +51,57 @@ ROWS = {  # name: (table, what, command, seeds); --seed and --split-seed vary to
     "semi_vit/digits/prob": (
         "Semi-ViT on the digits, 80 labels", "Semi-ViT (probabilistic pseudo mixup)",
         "semi_vit.py", 3),
+    "semi_vit/digits/mae_prob": (
+        "Semi-ViT on the digits, 80 labels", "the same after MAE on all images (stage 1)",
+        ["semi_mae.py --method mae",
+         "semi_vit.py --init {pretrain}/mae_pretrain_vit_digits.pth"], 3),
+    "semi_mae/digits/sup": (
+        "Semi-MAE on the digits, 80 labels", "supervised, the stage that all start from",
+        "semi_mae.py --method sup", 3),
+    "semi_mae/digits/sup_long": (
+        "Semi-MAE on the digits, 80 labels", "supervised, as many updates as both stages",
+        "semi_mae.py --method sup --epochs 2200", 3),
+    "semi_mae/digits/fixmatch": (
+        "Semi-MAE on the digits, 80 labels", "FixMatch (no branch)",
+        "semi_mae.py --method fixmatch", 3),
+    "semi_mae/digits/semi_mae": (
+        "Semi-MAE on the digits, 80 labels", "Semi-MAE", "semi_mae.py", 3),
 }
 
 
-def log_file(name: str, seed: int) -> Path:
-    return ROOT / "docs" / "logs" / f"{name.replace('/', '-')}-seed{seed}.jsonl"
+def commands_of(name: str) -> list[str]:
+    commands = ROWS[name][2]
+    return [commands] if isinstance(commands, str) else commands
+
+
+def shown(name: str) -> str:
+    return ", then ".join(f"`python {command}`" for command in commands_of(name))
+
+
+def runs_of(name: str, seed: int) -> list[str]:
+    """Folder of each command's run, and name of its log; the last one is the row's result."""
+    base = f"{name.replace('/', '-')}-seed{seed}"
+    return [f"{base}-before{k}" for k in range(1, len(commands_of(name)))] + [base]
+
+
+def log_file(run: str) -> Path:
+    return ROOT / "docs" / "logs" / f"{run}.jsonl"
 
 
 def run_seed(name: str, seed: int, folder: Path) -> list[dict]:
-    """One run, one thread, from the root of the project; returns its log."""
-    output = folder / f"{name.replace('/', '-')}-seed{seed}"
-    shutil.rmtree(ROOT / output, ignore_errors=True)
-    flags = ["--seed", str(seed), "--split-seed", str(seed), "--output", str(output)]
-    command = [sys.executable, *shlex.split(ROWS[name][2]), *flags]
-    with open(ROOT / f"{output}.txt", "w") as text:
-        code = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                              stdout=text, stderr=subprocess.STDOUT).returncode
-    if code:
-        sys.exit(f"{name} seed {seed} ended with code {code}: see {output}.txt")
-    return read_log(ROOT / output)
+    """The runs of a row, one thread, from the root of the project; returns the last one's log."""
+    outputs = [folder / run for run in runs_of(name, seed)]
+    for output, command in zip(outputs, commands_of(name)):
+        shutil.rmtree(ROOT / output, ignore_errors=True)
+        flags = ["--seed", str(seed), "--split-seed", str(seed), "--output", str(output)]
+        words = [word.replace("{pretrain}", str(outputs[0])) for word in shlex.split(command)]
+        with open(ROOT / f"{output}.txt", "w") as text:
+            code = subprocess.run([sys.executable, *words, *flags], cwd=ROOT, stdout=text,
+                                  stderr=subprocess.STDOUT,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        if code:
+            sys.exit(f"{name} seed {seed} ended with code {code}: see {output}.txt")
+    return read_log(ROOT / outputs[-1])
 
 
 def results_of(log: list[dict]) -> dict:
@@ -80,13 +114,16 @@ def summary(values: list[float]) -> tuple[float, float]:
 
 
 def band_of(logs: list[list[dict]]) -> dict:
-    stages = results_of(logs[0])
+    stages = [s for s, r in results_of(logs[0]).items() if "top1" in r]  # a pretraining has none
     top1 = {s: summary([results_of(log)[s]["top1"] for log in logs]) for s in stages}
     return {"seeds": len(logs), "top1": {s: [round(x, 3) for x in v] for s, v in top1.items()}}
 
 
-def committed(name: str) -> list[list[dict]]:
-    files = [log_file(name, seed) for seed in range(ROWS[name][3])]
+def committed(name: str, before=False) -> list[list[dict]]:
+    """A log for each seed; before: those of the runs that prepared them, in any order."""
+    runs = [runs_of(name, seed) for seed in range(ROWS[name][3])]
+    part = slice(0, -1) if before else slice(-1, None)
+    files = [log_file(run) for of_seed in runs for run in of_seed[part]]
     if not all(f.exists() for f in files):
         return []
     return [[json.loads(line) for line in f.read_text().splitlines()] for f in files]
@@ -109,7 +146,7 @@ def write_table():
     """docs/results.md and docs/bands.json, from the committed logs alone."""
     lines, bands, table = [(ROOT / "docs" / "results.head.md").read_text().rstrip()], {}, None
     notes = json.loads((ROOT / "docs" / "results.notes.json").read_text())
-    for name, (title, what, command, _) in ROWS.items():
+    for name, (title, what, *_) in ROWS.items():
         logs = committed(name)
         if not logs:
             continue
@@ -134,12 +171,13 @@ def write_table():
                            f"{statistics.mean(gains):+.1f} (least {min(gains):+.1f})")
             teacher = (f"{statistics.mean(e['ema_top1'] for e in ends):.1f}"
                        if "ema_top1" in ends[0] else "-")
-        updates = sum(r["updates"] for r in results_of(logs[0]).values())
-        minutes = statistics.mean(
-            sum(r["seconds"] for r in results_of(log).values()) for log in logs) / 60
+        stages = [r for log in logs + committed(name, before=True)
+                  for r in results_of(log).values()]
+        updates = sum(r["updates"] for r in stages) // len(logs)
+        minutes = sum(r["seconds"] for r in stages) / len(logs) / 60
         each = ", ".join(f"{e['top1']:.1f}" for e in ends)
         lines.append(f"| {what} | {how} | {each} | {start} | {gain} | {teacher} | {updates} "
-                     f"| {minutes:.1f} | `{name}`: `python {command}` |")
+                     f"| {minutes:.1f} | `{name}`: {shown(name)} |")
         first = logs[0][0]
         bands[recipe_hash(first["recipe"])] = {"name": name, **band_of(logs)}
         lines.append(f"<!-- {name}: commit {first['commit']}, torch {first['torch']}, "
@@ -169,8 +207,8 @@ def main():
     p.add_argument("--folder", type=Path, default=Path("runs/reproduce"), help="where the runs go")
     args = p.parse_args()
     if args.list or not (args.names or args.table):
-        for name, (_, what, command, seeds) in ROWS.items():
-            print(f"{name:<32} {seeds} seed(s)  python {command}   # {what}")
+        for name, (_, what, _, seeds) in ROWS.items():
+            print(f"{name:<32} {seeds} seed(s)  {shown(name).replace('`', '')}   # {what}")
         return
     names = [n for n in ROWS if any(n == x or n.startswith(x + "/") for x in args.names)]
     if args.names and not names:
@@ -184,10 +222,9 @@ def main():
     if args.write:
         for name in names:
             for seed in range(ROWS[name][3]):
-                log_file(name, seed).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(
-                    ROOT / args.folder / f"{name.replace('/', '-')}-seed{seed}" / "log.jsonl",
-                    log_file(name, seed))
+                for run in runs_of(name, seed):
+                    log_file(run).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(ROOT / args.folder / run / "log.jsonl", log_file(run))
     if args.write or args.table:
         write_table()
 

@@ -54,7 +54,7 @@ def add_data(parser, datasets, labels_help: str):
         "and perhaps one of the unlabelled [README]")
     add("--split-seed", type=int, default=0, help="draw of the labelled images [README]")
     add("--unlabeled-pool", choices=("rest", "all"), help="whether labelled images are in the "
-        "unlabelled stream too; default rest [departures]")
+        "unlabelled stream too; default: the recipe's [departures]")
     add("--holdout", type=int, default=0, metavar="N", help="validate on N training images, which "
         "leave training: for choosing settings [README]")
     add("--image-size", type=int, help="pixels; default by data set [table DATASETS]")

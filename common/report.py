@@ -92,7 +92,7 @@ def curves(log: list[dict], path: Path, panels: dict[str, list[str]]):
             at_top = axis.get_xaxis_transform()
             axis.text(begin, 1.0, " " + stage, transform=at_top, fontsize=7, va="top")
         axis.set_title(title, fontsize=10), axis.set_xlabel("updates", fontsize=9)
-        if axis.lines:
+        if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -48,7 +48,7 @@ class Script:
     methods: tuple[str, ...]
     equations: tuple[int, ...]  # the paper's numbered equations
     to_model: str  # name of the function that makes float pictures from bytes, for a NaN in a batch
-    confident: str  # a flag after which no pseudo-label is confident
+    confident: str  # a flag after which no pseudo-label is confident; empty: there are none
     no_draws: str  # flags after which a step draws nothing: only the views are random
     long: str  # flags after which stage `first` takes thousands of updates
     refused: dict[str, tuple[str, str]]  # flag -> key and what it says on a resume
@@ -84,6 +84,78 @@ SCRIPTS = [
             "--seed 7": ("seed", "0 -> 7"),
         },
         too_few="--num-labels 10 --batch-size sup=16,semi=16",
+    ),
+    Script(
+        name="semi_mae",
+        flags="--data-path {tiny} --arch vit_digits --image-size 28 --patch-size 7 --num-labels 20"
+        " --pretrain --epochs pretrain=2,sup=4,semi=2 --batch-size pretrain=16,sup=8,semi=4"
+        " --unlabeled-ratio semi=3 --evals 1 --lr pretrain=1e-3,sup=5e-2,semi=1e-3"
+        " --lr-span sup=run,semi=run --warmup-epochs 1 --tau semi=0.13 --ema-decay semi=0.9"
+        " --dec-dim 32 --dec-depth 1 --dec-heads 4 --workers 0 --print-every 2 --save-every 3",
+        updates=dict(pretrain=10, sup=8, semi=10),
+        first="sup",
+        methods=("sup", "fixmatch", "semi_mae", "mae"),
+        equations=(1, 2, 3),
+        to_model="to_model",
+        confident="--tau semi=1.1",
+        no_draws="--drop-path 0 --reprob 0",
+        long="--stage sup --epochs sup=2000",
+        refused={
+            "--arch vit_tiny": ("arch", "vit_digits -> vit_tiny"),
+            "--split-seed 1": ("split", " -> "),
+            "--lambda-u semi=2": ("semi.lambda_u", "1.0 -> 2.0"),
+            "--mask-ratio 0.5": ("pretrain.mask_ratio", "0.75 -> 0.5"),
+            "--seed 7": ("seed", "0 -> 7"),
+        },
+        too_few="--num-labels 10 --batch-size sup=16,semi=16",
+    ),
+    Script(
+        name="semiformer",
+        flags="--data-path {tiny} --arch vit_conv_digits --image-size 32 --num-labels 20"
+        " --epochs sup=4,semi=2 --batch-size sup=8,semi=16 --unlabeled-ratio semi=3 --evals 1"
+        " --lr sup=1e-2,semi=1e-3 --warmup-epochs 1 --tau semi=0.13"
+        " --workers 0 --print-every 2 --save-every 3",
+        updates=dict(sup=8, semi=10),
+        first="sup",
+        methods=("sup", "vanilla", "conv_labeled", "semiformer"),
+        equations=(1, 2, 3, 4, 5, 6),
+        to_model="to_model",
+        confident="--tau semi=1.1",
+        no_draws="--drop-path 0 --reprob 0 --freeze-bn 1",
+        long="--stage sup --epochs sup=2000",
+        refused={
+            "--arch pit_conv_digits": ("arch", "vit_conv_digits -> pit_conv_digits"),
+            "--split-seed 1": ("split", " -> "),
+            "--num-labels 30": ("num_labels", "20 -> 30"),
+            "--fuse 0": ("fuse", "1 -> 0"),
+            "--lr sup=0.5": ("sup.lr", "0.01 -> 0.5"),
+            "--seed 7": ("seed", "0 -> 7"),
+        },
+        too_few="--num-labels 10 --batch-size sup=16,semi=64",
+    ),
+    Script(
+        name="simclrv2",
+        flags="--data-path {tiny} --arch resnet_digits --width 0.5 --image-size 28 --num-labels 20"
+        " --epochs pretrain=0.7,sup=2.8,linear=2.8,finetune=2.8,distill=0.7 --batch-size 8"
+        " --lr pretrain=1,sup=0.05,linear=0.5,finetune=0.1,distill=0.5 --warmup-epochs 0.2"
+        " --memory-size 40 --ema-decay 0.9 --alpha 0.5 --evals 1 --workers 0 --print-every 2"
+        " --save-every 3",
+        updates=dict(pretrain=8, sup=8, linear=8, finetune=8, distill=8),
+        first="sup",
+        methods=("sup", "linear", "finetune", "simclrv2"),
+        equations=(1, 2, 3),
+        to_model="to_model",
+        confident="",  # no confidence threshold anywhere
+        no_draws="--blur 0",
+        long="--stage sup --epochs sup=5000",
+        refused={
+            "--arch resnet18": ("arch", "resnet_digits -> resnet18"),
+            "--split-seed 1": ("split", " -> "),
+            "--temperature 0.3": ("pretrain.temperature", "0.1 -> 0.3"),
+            "--lr sup=0.5": ("sup.lr", "0.05 -> 0.5"),
+            "--seed 7": ("seed", "0 -> 7"),
+        },
+        too_few="--num-labels 10 --batch-size 16",
     ),
 ]
 NAMES = [s.name for s in SCRIPTS]

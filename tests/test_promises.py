@@ -39,6 +39,8 @@ from common.amp import Precision
 
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
 each_stage = pytest.mark.parametrize("script, stage", STAGES)
+confident = [s for s in SCRIPTS if s.confident]  # those with a threshold
+each_with_threshold = pytest.mark.parametrize("script", confident, ids=[s.name for s in confident])
 
 
 def before(script, stage) -> int:
@@ -304,7 +306,89 @@ def semi_vit_case(script, stage):
     return student.eval(), batch, losses
 
 
-CASES = {"semi_vit": semi_vit_case}
+def semi_mae_case(script, stage):
+    """(model, batch, losses): float64, the noise of the masks given; a row of batch is an image."""
+    argv = "--arch vit_digits --num-labels 20 --drop-path 0 --reprob 0".split()
+    args = script.parse_args(argv)
+    s = script.derive(args, stage, 1)
+    torch.manual_seed(0)
+    model = script.build_model(args, s, 10, stage).double()
+    x_l, x_u = torch.rand(8, 3, 28, 28).double(), torch.rand(16, 3, 28, 28).double()
+    noise = torch.rand(16, 16)
+    batch = dict(x=x_u, noise=noise) if stage == "pretrain" else dict(x_l=x_l, y_l=torch.arange(8))
+    if stage == "semi":
+        batch |= dict(x_u_w=x_u, x_u_s=x_u.flip(-1), noise=noise)
+        s.tau = model.classify(x_u).softmax(-1).amax(-1).median().item()
+
+    def losses(model, b):
+        precision, draw = Precision(torch.device("cpu"), "fp32"), dict(noise=b.get("noise"))
+        if stage == "pretrain":
+            return script.mae_step(model, b["x"], s, precision, draw)
+        if stage == "sup":
+            return script.sup_step(model, b["x_l"], b["y_l"], s, precision)
+        views = b["x_u_w"], b["x_u_s"]
+        return script.semi_step(model, b["x_l"], b["y_l"], *views, s, precision, draw)[0]
+
+    return model, batch, losses
+
+
+def semiformer_case(script, stage):
+    """(model, batch, losses): float64, BatchNorm in eval mode; each row of batch is an image."""
+    argv = "--arch vit_conv_digits --num-labels 20 --drop-path 0 --lambda-u semi=2".split()
+    s = script.derive(script.parse_args(argv), stage, 1)
+    torch.manual_seed(0)
+    model = script.build_model(script.parse_args(argv), 10).double().eval()
+    for name, p in model.named_parameters():
+        if "_cls_head.weight" in name:
+            nn.init.normal_(p, std=0.3)
+    x_l, x_u = torch.rand(8, 3, 32, 32).double(), torch.rand(16, 3, 32, 32).double()
+    batch = dict(x_l=x_l, y_l=torch.arange(8))
+    if stage == "semi":
+        batch |= dict(x_u_w=x_u, x_u_s=x_u.flip(-1))
+        s.tau = model(x_u)[0].softmax(-1).amax(-1).median().item()
+
+    def losses(student, b):
+        precision = Precision(torch.device("cpu"), "fp32")
+        if stage == "sup":
+            return script.sup_step(student, b["x_l"], b["y_l"], s, precision)
+        views = b["x_u_w"], b["x_u_s"]
+        return script.semi_step(student, model, b["x_l"], b["y_l"], *views, s, precision)[0]
+
+    return model, batch, losses
+
+
+def simclrv2_case(script, stage):
+    """(model, batch, losses): float64, global BatchNorm in train mode; a row of batch is an image."""
+    flags = "--arch resnet_digits --width 0.5 --num-labels 20 --alpha 0.5 --temperature 0.5"
+    args = script.parse_args(flags.split())
+    s = script.derive(args, stage, 1)
+    torch.manual_seed(0)
+    model, teacher = (script.build_model(args, stage, s, 10).double() for _ in range(2))
+    for m in (*model.modules(), *teacher.modules()):
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):  # no branch at zero
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+        elif isinstance(m, nn.Linear) and m.out_features == 10:
+            nn.init.normal_(m.weight, std=0.3)
+    script.train_mode(model, stage)
+    x = torch.rand(8, 3, 28, 28).double()
+    batch = dict(x=x, x2=x + 0.3 * torch.rand_like(x), y=torch.arange(8))
+    batch["y"][0] = model.eval()(x)[0, :10].argmax()  # one is right, in the mean that is logged
+    script.train_mode(model, stage)
+
+    def losses(model, b):
+        precision = Precision(torch.device("cpu"), "fp32")
+        if stage == "pretrain":
+            return script.pretrain_step(model, b["x"], b["x2"], s.temperature, precision)
+        if stage == "distill":
+            labelled = b["x2"], b["y"]
+            return script.distill_step(model, teacher.eval(), b["x"], s, precision, *labelled)[0]
+        return script.label_step(model, b["x"], b["y"], 0.1, precision)
+
+    return model, batch, losses
+
+
+CASES = {"semi_vit": semi_vit_case, "semi_mae": semi_mae_case, "semiformer": semiformer_case,
+         "simclrv2": simclrv2_case}
 
 
 def share_of_a_step(script, stage, rank, ranks, port, path):
@@ -347,7 +431,8 @@ def test_r9_two_processes_of_four_are_one_of_eight(script, stage, tmp_path):
     for name, value in one.items():
         assert value.item() != 0 and abs(value.item() - two["losses"][name].item()) < 1e-6, name
     grads = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
-    assert grads.keys() == two["grads"].keys() and len(grads) > 10
+    least = 2 if stage == "linear" else 10
+    assert grads.keys() == two["grads"].keys() and len(grads) >= least
     for name, value in grads.items():
         assert (two["grads"][name] - value).abs().max() < 1e-6, name
     assert max(v.abs().max() for v in grads.values()) > 1e-2  # not all are below the tolerance
@@ -405,14 +490,14 @@ def test_r9_semi_vit_mixes_within_a_process_on_purpose():
 # ----- R10, R14: nobody is sure, few labels -----------------------------------------------------
 
 
-@each_script
+@each_with_threshold
 def test_r10_no_confident_pseudo_label_at_all(script, tiny, tmp_path):
     ends(script.name, script.argv(tiny, script.confident), tmp_path)
     lines = [x for x in numbers(only_run(tmp_path)) if "kept" in x]
     assert lines and all(x["kept"] == 0 and np.isfinite(x["loss"]) for x in lines)
 
 
-@each_script
+@each_with_threshold
 def test_r10_no_confident_pseudo_label_on_one_process(script, tiny, tmp_path):
     argv = script.argv(tiny)
     both = [(script.name, argv), (script.name, [*argv, *script.confident.split()])]  # rank 1: none
@@ -434,7 +519,7 @@ def test_r14_fewer_labels_than_a_batch(script, tiny, tmp_path):
 
 @each_script
 def test_r14_accumulation_makes_the_same_number_of_updates_or_refuses(script, tiny, tmp_path):
-    ends(script.name, script.argv(tiny, "--accum-steps 2 --mix-labeled 0"), tmp_path)
+    ends(script.name, script.argv(tiny, f"--accum-steps 2 {script.no_draws}"), tmp_path)
     results = numbers(only_run(tmp_path))[-1]["results"]
     assert {k: r["updates"] for k, r in results.items()} == script.updates
     child = ends(script.name, script.argv(tiny, "--accum-steps 64"), tmp_path / "refused", 2)
