@@ -182,6 +182,10 @@ _OTHER = dict(  # base learning rate of stage sup: one of the four that App. A s
     source="Tables 12, 13; App. A, other data sets")
 _OTHER_1 = dict(_OTHER, semi=dict(_OTHER["semi"], tau=0.6, **_WEAK_SEMI))
 _INAT_1 = dict(_OTHER_1, sup=dict(lr_per_256=2.5e-4, **_WEAK))
+_FOLDER = dict(  # a few hundred pictures: smaller batches, so more updates; faster EMA
+    sup=dict(lr_per_256=1e-3, batch_size=64), semi=dict(lr_per_256=2e-3, batch_size=32, tau=0.5,
+                                                        ema_decay=0.99),
+    source="App. A, other data sets; batches and EMA for small sets, not tuned")
 _DIGITS = dict(  # found on 1,000 held-out training images, see docs/results.md
     sup=dict(epochs=1000, batch_size=64, lr=3e-3, warmup_epochs=50, layer_decay=1.0, drop_path=0.0,
              label_smoothing=0.0, mixup=0.0, cutmix=0.0, reprob=0.0),
@@ -199,7 +203,7 @@ RECIPES = {  # (data set, arch, init, labels %): {stage: settings that differ fr
         sup=dict(lr_per_256=1e-4), semi=dict(lr_per_256=2e-4, tau=0.5), source=_T),
     ("imagenet", "vit_base", "self", 10): dict(
         sup=dict(lr_per_256=2.5e-4), semi=dict(lr_per_256=1e-3, tau=0.5),
-        ema_teacher=dict(tau=0.7), source=_T),  # Table 4: the 78.1 of Tables 2 and 3 is at tau 0.7
+        fixmatch=dict(tau=0.7), ema_teacher=dict(tau=0.7), source=_T),  # Table 4: Table 2's
     ("imagenet", "vit_large", "self", 10): dict(
         sup=dict(lr_per_256=1e-3, **_LARGE),
         semi=dict(lr_per_256=2e-3, tau=0.6, drop_path=0.2), source=_T),
@@ -228,7 +232,7 @@ RECIPES = {  # (data set, arch, init, labels %): {stage: settings that differ fr
     ("inat2019", None, None, None): _OTHER,
     ("landmarks", None, None, 1): _OTHER_1,
     ("landmarks", None, None, None): _OTHER,
-    ("folder", None, None, None): _OTHER,
+    ("folder", None, None, None): _FOLDER,
     ("digits", "vit_digits", None, None): _DIGITS,
     ("digits", None, None, None): _DIGITS_LARGE,
     ("cifar10", None, None, None): _CIFAR,
@@ -314,7 +318,7 @@ DEPARTURES = {  # where, setting, recommended, paper, code (None: silent, as rec
     "D7": (_CONV_SEMI, "tau", 0.7, None, 0.7, "default of the authors' ConvNeXt script"),
     "D8": (dict(stage="semi"), "unlabeled_cutmix", 0.5, 0.0, 0.5,
            "Eq. 4 blends every pair; the code cuts half of them"),
-    "D9": ({}, "mix_lam", "batch", "element", "batch", "Sec. 3.1 allows both; code: one per batch"),
+    "D9": ({}, "mix_lam", "batch", None, "batch", "Sec. 3.1 allows both; code: one per batch"),
     "D10": (dict(stage="semi"), "fixmatch_teacher", "eval", None, "train",
             "Sec. 2.2: the same network; code: with drop path on; equal where drop path is 0"),
     "D11": (dict(stage="semi"), "label_smoothing_u", 0.1, None, 0.1,
@@ -328,7 +332,7 @@ DEPARTURES = {  # where, setting, recommended, paper, code (None: silent, as rec
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog=f"{SCRIPT}.py", description=__doc__.split("\n\n")[0],
+    p = flags.Parser(prog=f"{SCRIPT}.py", description=__doc__.split("\n\n")[0],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("what to train").add_argument
     add("--arch", choices=ARCHS,
@@ -402,10 +406,11 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
     layers = [("default [Sec. 2.1]", dict(unlabeled_pool="rest")), (row["source"], row[stage])]
     if stage == "semi":
         layers += [(f"--method {args.method}", METHODS[args.method]),
-                   (row["source"], row.get(args.method, {}))]
+                   ("Tables 4, 5", row.get(args.method, {}))]
     facts = dict(dataset=args.dataset, arch=args.arch, init=column(args), labels=percent(args),
                  stage=stage)
-    s = flags.resolve(SETTINGS, stage, layers, DEPARTURES, facts, args)
+    s = flags.resolve(SETTINGS, stage, layers, DEPARTURES, facts, args,
+                      SEMI_ONLY if stage == "sup" else ())
     if args.unlabeled_pool:
         s.unlabeled_pool, s.sources["unlabeled_pool"] = args.unlabeled_pool, "--unlabeled-pool"
     for name, allowed in (("unlabeled_mix", ("none", "mixup", "mixup+", "prob")),
@@ -676,7 +681,11 @@ def load_init(model: nn.Module, path: str) -> tuple[str, dict | None]:
     if name in new and name in own and new[name].shape[-2:] != own[name].shape[-2:]:
         new[name] = F.interpolate(new[name].float(), own[name].shape[-2:], mode="bicubic")
     weights.load_exactly(model, new, may_miss, f"--init {path} (format {kind})")
-    teacher = state.get("teacher") if kind == "run" and not may_miss else None
+    if kind == "mocov3" and model.embed_dim == 384 and model.blocks[0].attn.num_heads != 12:
+        raise UserError(f"--init {path}: MoCo-v3's ViT-S has 12 heads; add --heads 12")
+    teacher = state.get("teacher") if kind == "run" else None
+    if teacher and {k: v.shape for k, v in teacher.items()} != {k: v.shape for k, v in own.items()}:
+        teacher = None  # of another size or other classes: it starts as a copy of the student
     return kind, teacher
 
 
@@ -912,7 +921,8 @@ def evaluate(model, images, view, run, batch=250) -> dict[str, float]:
     training = model.training
     model.eval()
     sums = torch.zeros(3, device=run.device)  # float32 counts exactly to 16 million
-    share = dict(rank=run.rank, world=run.world, workers=run.workers)
+    share = dict(rank=run.rank, world=run.world, workers=run.workers,
+                 bad=BadImages(images, run.max_bad_images))
     for seen, targets in eval_loader(images, view, batch, **share):
         logits = logits_of(model, seen, run)
         hit = logits.topk(min(5, logits.shape[1])).indices == targets.to(run.device)[:, None]
@@ -947,6 +957,9 @@ def run_stage(stage, model, warm_teacher, data, split, s, args, run, resume):
         unlabeled = Stream("semi/unlabeled", split.unlabeled, s.unlabeled_ratio * s.batch_size,
                            args.seed)
         steps_per_epoch = unlabeled.steps_per_pass
+        if s.ema_decay < 1 and s.epochs * steps_per_epoch < 3 / (1 - s.ema_decay):
+            run.log.say(f"warning: semi: {s.epochs * steps_per_epoch} updates are few for "
+                        f"--ema-decay {s.ema_decay:g}: the teacher will hardly move")
         labeled = Stream("semi/labeled", split.labeled, s.batch_size, args.seed,
                          restart_every=steps_per_epoch)
     total, num_classes = s.epochs * steps_per_epoch, len(data.classes)
@@ -984,6 +997,7 @@ def run_stage(stage, model, warm_teacher, data, split, s, args, run, resume):
         of_u = stream_loader(data.train, [views["weak"], views["strong"]], unlabeled, **how)
         batches = ((*b_l, *b_u) for b_l, b_u in zip(batches, of_u))
     names = {p: n for n, p in model.named_parameters()}
+    some_known = bool((data.train.targets[split.unlabeled] >= 0).any())
     if resume:
         bad.seen.update(resume["bad_images"])
 
@@ -1012,8 +1026,9 @@ def run_stage(stage, model, warm_teacher, data, split, s, args, run, resume):
                     num_classes, s, run.precision)
                 # The only use of unlabelled images' true labels, where known: two logged numbers.
                 right, sure = (y_hat == y_u) & (y_u >= 0), (o >= s.tau) & (y_u >= 0)
-                losses["pseudo_acc"] = right.sum() / (y_u >= 0).sum().clamp(min=1)
-                losses["kept_acc"] = (right & sure).sum() / sure.sum().clamp(min=1)
+                if some_known:
+                    losses["pseudo_acc"] = right.sum() / (y_u >= 0).sum().clamp(min=1)
+                    losses["kept_acc"] = (right & sure).sum() / sure.sum().clamp(min=1)
             run.precision.backward(losses["loss"] / args.accum_steps)
         parts.append({k: v.detach() for k, v in losses.items()})
         if not last_part:
@@ -1094,7 +1109,7 @@ def main(args):
     if args.stage == "semi" and not args.init:
         raise UserError("--stage semi: needs --init RUN, a run of stage sup, or self-pretrained "
                         "weights")
-    pool = settings[stages[-1]].unlabeled_pool
+    pool = derive(args, "semi", run.world).unlabeled_pool
     split = flags.choose_split(args, data, pool, 1 if args.dataset == "digits" else 10)
     if "semi" in stages and not len(split.unlabeled):
         raise UserError("--labels: no image is left unlabelled; lower it, or --unlabeled-pool all")
@@ -1117,6 +1132,18 @@ def main(args):
                 raise UserError(f"--resume {run.folder}: its settings were others "
                                 f"({'; '.join(wrong)}); restore them, or start anew without "
                                 "--resume")
+    # The model; what can be refused is refused before a folder is made
+    torch.manual_seed(seed_of(args.seed, "model"))  # the same weights on every process
+    model = build_model(args, len(data.classes), pretrained=state is None)
+    costs = report.cost(on_meta(args, len(data.classes)), run.image_size)
+    largest = max(settings[x].micro_batch * (1 + settings[x].unlabeled_ratio) for x in stages)
+    halved = run.precision.dtype != torch.float32
+    report.refuse_too_large(costs, largest, halved, run.device, args.accum_steps)
+    warm_teacher = start = None
+    if args.init and args.init != "timm" and state is None:
+        kind, warm_teacher = load_init(model, args.init)
+        start = f"start: {args.init}, format {kind}"
+
     if run.folder is None:
         run.folder = log.new_run(SCRIPT, args.output, run.rank)
     run.stop = checkpoint.StopSignal()
@@ -1127,17 +1154,10 @@ def main(args):
                            settings=written, classes=data.classes, split=split.describe(),
                            world=run.world, **log.versions()))
     run.results = state["results"] if state else {}
+    if start is not None:
+        run.log.say(start)
     greet(args, split, {x: settings[x] for x in stages}, run)
 
-    torch.manual_seed(seed_of(args.seed, "model"))  # the same weights on every process
-    model, warm_teacher = build_model(args, len(data.classes)), None
-    costs = report.cost(on_meta(args, len(data.classes)), run.image_size)
-    largest = max(settings[x].micro_batch * (1 + settings[x].unlabeled_ratio) for x in stages)
-    halved = run.precision.dtype != torch.float32
-    report.refuse_too_large(costs, largest, halved, run.device, args.accum_steps)
-    if args.init and args.init != "timm" and state is None:
-        kind, warm_teacher = load_init(model, args.init)
-        run.log.say(f"start: {args.init}, format {kind}")
     for stage in stages:
         if state and STAGES.index(stage) < STAGES.index(state["stage"]):
             continue
@@ -1145,6 +1165,8 @@ def main(args):
         drop_path = settings[stage].drop_path
         model = build_model(args, len(data.classes), drop_path, pretrained=False).to(run.device)
         model.load_state_dict(weights_now)
+        if args.arch.startswith("convnext"):
+            model = model.to(memory_format=torch.channels_last)
         resume = state if state and state["stage"] == stage else None
         teacher = run_stage(stage, model, warm_teacher, data, split, settings[stage], args, run,
                             resume)
@@ -1166,7 +1188,8 @@ def start_processes(args) -> SimpleNamespace:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     elif device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        tf32 = args.dtype != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True
     workers = args.workers
     if workers is None:  # digits are drawn more quickly here than they are sent between processes
@@ -1174,6 +1197,7 @@ def start_processes(args) -> SimpleNamespace:
     stats = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device=device)
     return SimpleNamespace(
         rank=rank, world=world, device=device, workers=workers, folder=None, results={},
+        max_bad_images=args.max_bad_images,
         device_ids=[device.index] if device.type == "cuda" else None,
         precision=Precision(device, args.dtype),
         image_size=args.image_size or DATASETS[args.dataset][0],
@@ -1196,6 +1220,9 @@ def greet(args, split, settings, run):
     run.log.say(f"recipe {key}: {row['source']}")
     run.log.say(split.describe())
     for stage, s in settings.items():
+        if s.warmup_epochs >= s.epochs:
+            run.log.say(f"warning: {stage}: --warmup-epochs {s.warmup_epochs:g} of --epochs "
+                        f"{s.epochs}: the learning rate never reaches its peak")
         unlabeled = f" + {s.unlabeled_ratio} x unlabelled" if stage == "semi" else ""
         run.log.say(f"{stage}: {s.epochs} epochs, batch {s.batch_size} labelled{unlabeled} = "
                     f"{run.world} processes x {args.accum_steps} parts x {s.micro_batch}, "
@@ -1206,6 +1233,7 @@ def greet(args, split, settings, run):
 
 def finish(args, data, split, s, model, run):
     """Weights, curves, views, predictions, and the summary. s: settings of the last stage."""
+    run.log.bar.close()
     from safetensors.torch import save_file  # timm depends on it
 
     name, arguments = timm_arguments(args, len(data.classes))
@@ -1253,7 +1281,9 @@ def load_final(folder: str) -> tuple[nn.Module, dict]:
         raise UserError(f"--eval {folder}: no model.safetensors; finish it: --resume {folder}")
     tensors = checkpoint.read(file)
     with safe_open(file, "pt") as opened:
-        about = json.loads(opened.metadata()["model"])
+        about = json.loads((opened.metadata() or {}).get("model", "null"))
+    if about is None:
+        raise UserError(f"--eval {folder}: its model.safetensors was not written by this project")
     model = timm.create_model(about["timm_model"], **about["timm_arguments"])
     weights.load_exactly(model, tensors, set(), f"--eval {folder}")
     return model, about
@@ -1264,6 +1294,9 @@ def evaluate_run(args, data, run):
     model, about = load_final(args.eval)
     model, s = model.to(run.device), derive(args, STAGES[0], 1)
     run.image_size = about["image_size"]
+    if data.classes != about["classes"]:
+        raise UserError(f"--eval {args.eval}: --data-path holds other classes than the run; "
+                        "use the run's own data")
     view = T.Compose(view_lists(args.dataset, run.image_size, s)["evaluate"])
     r = evaluate(model, data.val, view, run)
     if run.rank == 0:
@@ -1277,18 +1310,17 @@ def draw_views(data, split, s, args, run, count=10):
     """views.png: labelled pictures, and the same unlabelled ones weak, strong and mixed."""
     lists = view_lists(args.dataset, run.image_size, s)
 
-    def look(name, positions):
-        stream = Stream("picture", positions[:count], min(count, len(positions)), args.seed)
-        bad = BadImages(data.train, args.max_bad_images)
-        loader = stream_loader(data.train, [T.Compose(lists[name])], stream, start=0, stop=1,
-                               bad=bad)
-        (seen,), _ = next(loader)
-        return to_model(*seen, run.stats.cpu())
+    def look(names, positions):
+        stream = Stream(f"picture/{names[0]}", positions[:count], min(count, len(positions)),
+                        args.seed)
+        of_picture, bad = [T.Compose(lists[n]) for n in names], BadImages(data.train, count)
+        seen, _ = next(stream_loader(data.train, of_picture, stream, start=0, stop=1, bad=bad))
+        return {n: to_model(*x, run.stats.cpu()) for n, x in zip(names, seen)}
 
-    rows = {"labelled": look("labeled", split.labeled)}
+    rows = look(["labeled"], split.labeled)
     if len(split.unlabeled):
         shown = np.random.default_rng(args.seed).permutation(split.unlabeled)
-        rows |= {name: look(name, shown) for name in ("weak", "strong")}
+        rows |= look(["weak", "strong"], shown)
         if s.unlabeled_mix == "prob":  # as with equal confidences
             n = len(rows["strong"])
             rows["mixed"], _, _ = prob_pseudo_mixup(
@@ -1320,19 +1352,27 @@ def paper_args(args) -> SimpleNamespace:
 
 def paper_number(args) -> float | None:
     """The paper's own top-1 for exactly these flags; None where it has none, or training failed."""
+    others = ("heads", "pool", "pos_embed", "patch_size", "image_size", "unlabeled_pool")
+    if args.follow != "recommended" or any(getattr(args, n) is not None for n in others):
+        return None
+    labels, kind = percent(args), init_kind(args)
     methods = {"sup": "sup", "fixmatch": "fixmatch", "ema_teacher": "none", "semi_vit": "prob"}
-    what = "sup" if args.stage == "sup" or percent(args) == 100 else methods[args.method]
-    if args.unlabeled_mix and what not in ("sup", "fixmatch"):
-        what = args.unlabeled_mix.get("semi", what)
-    given = {n: getattr(args, n) for n in SETTINGS if getattr(args, n) and n != "unlabeled_mix"}
-    kind, labels = init_kind(args), percent(args)
+    what = "sup" if args.stage == "sup" or labels == 100 else methods[args.method]
+    changed = {(n, stage): v for n in SETTINGS for stage, v in (getattr(args, n) or {}).items()
+               if stage == "sup" and n not in SEMI_ONLY or stage == "semi" and what != "sup"}
+    mix = changed.pop(("unlabeled_mix", "semi"), None)
+    if mix and what == "fixmatch":  # FixMatch is decay 0, without mixing
+        changed["ema_decay", "semi"] = 0.0
+    what = mix or what
+    if args.stage == "semi" and args.init and not Path(args.init).is_dir():
+        changed["epochs", "sup"] = 0  # stage 3 straight from self-pretrained weights
     if (args.dataset, args.arch, kind) == ("imagenet", "vit_base", "mae"):
-        if not given and ("tau", what, labels) in SWEEPS:  # Table 4 has the recipe's own tau too
-            given = {"tau": {"semi": derive(args, "semi", 1).tau}}
-        for setting, stage in (("tau", "semi"), ("ema_decay", "semi"), ("epochs", "sup")):
-            if (setting, what, labels) in SWEEPS and given.keys() == {setting}:
-                return SWEEPS[setting, what, labels].get(given[setting].get(stage))
-    return None if given else PAPER.get((args.dataset, args.arch, kind, labels), {}).get(what)
+        if not changed and ("tau", what, labels) in SWEEPS:  # Table 4 has the recipe's tau too
+            changed["tau", "semi"] = derive(args, "semi", 1).tau
+        for key in (("tau", "semi"), ("ema_decay", "semi"), ("epochs", "sup")):
+            if changed.keys() == {key} and (key[0], what, labels) in SWEEPS:
+                return SWEEPS[key[0], what, labels].get(changed[key])
+    return None if changed else PAPER.get((args.dataset, args.arch, kind, labels), {}).get(what)
 
 
 def command_of(args) -> str:
@@ -1341,6 +1381,11 @@ def command_of(args) -> str:
     parts += [f"--init {args.init}"] if args.init else []
     parts += [f"--arch {args.arch} --labels {args.labels:g}"]
     parts += [f"--method {args.method}"] if args.method != "semi_vit" else []
+    parts += [f"--stage {args.stage}"] if args.stage != "all" else []
+    parts += [f"--follow {args.follow}"] if args.follow != "recommended" else []
+    for name in ("unlabeled_pool", "heads", "pool", "pos_embed"):
+        value = getattr(args, name)
+        parts += [f"--{name.replace('_', '-')} {value}"] if value is not None else []
     for name in SETTINGS:
         given = getattr(args, name) or {}
         values = {str(v) for v in given.values()}

@@ -1,4 +1,4 @@
-"""Exponential moving average of a model, in two foreach kernels and without a host sync."""
+"""Exponential moving average of a model, by foreach operations and without a host sync."""
 
 import copy
 

@@ -1,45 +1,21 @@
-"""Flags that mean the same in every script; settings that a recipe, a departure or a flag decides.
-
-A script lists its settings as SETTINGS = {name: (type, {stage: default}, help with [source])}; each
-is a flag that takes `10` for every stage or `sup=10,semi=5` for the named ones.
-"""
+"""Flags that mean the same in every script."""
 
 import argparse
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 from common import log
+from common.settings import HOW_TO_RUN, add_settings, follow, mathematics, per_stage, resolve  # noqa: F401
 from common.splits import UserError, make_split, read_split, split_of
 
-# Never part of what is computed: these may change when a run goes on.
-HOW_TO_RUN = set(
-    "device dtype compile workers deterministic output resume save_every print_every max_bad_images"
-    " predict eval dry_run data_path stop_after accum_steps".split()
-)
 
+class Parser(argparse.ArgumentParser):
+    """Bad flags end in one line, like every other bad input, not in a page of usage."""
 
-def per_stage(kind, stages):
-    """Type of a flag: text -> {stage: value}."""
-
-    def parse(text):
-        if "=" not in text:
-            return dict.fromkeys(stages, kind(text))
-        given = dict(part.split("=", 1) for part in text.split(","))
-        if not given.keys() <= set(stages):
-            raise ValueError(text)
-        return {stage: kind(value) for stage, value in given.items()}
-
-    parse.__name__ = f"{kind.__name__} (or {','.join(f'{s}=X' for s in stages)})"
-    return parse
-
-
-def add_settings(parser, settings: dict, stages):
-    group = parser.add_argument_group(
-        "recipe: defaults depend on the row of RECIPES (--dry-run shows it); X, or stage=X,stage=X"
-    )
-    for name, (kind, _, text) in settings.items():
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, type=per_stage(kind, stages), metavar="X", help=text)
+    def error(self, message):
+        print(f"error: {message}; see python {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def add_data(parser, datasets, labels_help: str):
@@ -106,53 +82,12 @@ def check(parser: argparse.ArgumentParser, args):
     for name in ("accum_steps", "print_every", "save_every", "evals"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
-    if (args.workers or 0) < 0:
-        parser.error(f"--workers {args.workers}: at least 0")
-
-
-def resolve(settings: dict, stage: str, layers: list, departures: dict, facts: dict, args):
-    """The settings of a stage as a namespace, with `sources`: where each value comes from.
-
-    default < layers, a list of (source, {name: value}) in rising order < --follow < flag. facts:
-    {dataset, arch, init, labels, stage}, against which a departure's `where` is matched.
-    """
-    s = SimpleNamespace(**{name: default[stage] for name, (_, default, _) in settings.items()})
-    s.sources = {n: "default [" + text.rsplit("[", 1)[1].replace("%%", "%")
-                 for n, (_, _, text) in settings.items()}
-
-    def put(name, value, source):
-        setattr(s, name, value)
-        s.sources[name] = source
-
-    for source, changes in layers:
-        for name, value in changes.items():
-            put(name, value, source)
-    for number, whom in follow(args.follow, departures).items():
-        where, name, _, paper, code, source = departures[number]
-        applies = all(facts[k] in (v if isinstance(v, tuple) else (v,)) for k, v in where.items())
-        value = {"recommended": None, "paper": paper, "code": code}[whom]
-        if applies and value is not None:
-            put(name, value, f"{number}={whom}: {source}")
-    for name in settings:
-        given = getattr(args, name)
-        if given and stage in given:
-            put(name, given[stage], f"--{name.replace('_', '-')}")
-    return s
-
-
-def follow(text: str, departures: dict) -> dict[str, str]:
-    """'code' or 'D3=code,D5=paper' -> {departure: whom}. Raises UserError."""
-    if "=" not in text:
-        chosen = dict.fromkeys(departures, text)
-    else:
-        chosen = dict((part + "=").split("=")[:2] for part in text.split(","))
-    for number, whom in chosen.items():
-        if number not in departures or whom not in ("recommended", "paper", "code"):
-            raise UserError(
-                f"--follow {text}: recommended, paper, code, or a list like D1=code,"
-                f"D2=paper with D1 to D{len(departures)}"
-            )
-    return chosen
+    for name in ("workers", "seed", "split_seed", "holdout", "max_bad_images"):
+        if (getattr(args, name) or 0) < 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 0")
+    for name in ("num_labels", "image_size", "patch_size", "heads", "stop_after"):
+        if (getattr(args, name, None) or 1) < 1 or getattr(args, name, None) == 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
 
 
 def choose_split(args, data, pool: str, percent: float):
@@ -160,28 +95,14 @@ def choose_split(args, data, pool: str, percent: float):
     train = data.train
     ids = [i.decode("utf-8", "surrogateescape") for i in train.ids]
     if args.labels_file:
-        root = None if train.root is None else train.root
-        return read_split(ids, train.targets, data.classes, *args.labels_file, pool=pool, root=root)
+        return read_split(ids, train.targets, data.classes, *args.labels_file, pool=pool,
+                          root=train.root)
     if data.labeled is not None and args.labels is None and args.num_labels is None:
         name = "labeled/ and unlabeled/"
         return split_of(name, ids, train.targets, data.classes, data.labeled, None, pool)
     return make_split(ids, train.targets, data.classes, number=args.num_labels,
                       seed=args.split_seed,
                       percent=None if args.num_labels else args.labels or percent, pool=pool)
-
-
-def mathematics(args, split_hash: str, settings: dict) -> dict:
-    """Everything that decides the numbers, flat: compared on a resume, hashed for the band.
-
-    settings: {stage: namespace of `resolve`}.
-    """
-    names = {n for s in settings.values() for n in vars(s)}
-    flat = {k: v for k, v in vars(args).items() if k not in HOW_TO_RUN | names}
-    flat["split"] = split_hash
-    for stage, s in settings.items():
-        flat |= {f"{stage}.{k}": v for k, v in vars(s).items()
-                 if k not in ("sources", "micro_batch")}
-    return flat
 
 
 def stored_args(args, script: str):

@@ -27,9 +27,10 @@ def clear_errors(main):
         except UserError as error:
             said = str(error)
         except OSError as error:  # of a log or a picture; a checkpoint's own error says more
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            names = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOENT ENOTDIR"
+            if error.errno not in (getattr(errno, name) for name in names.split()):
                 raise
-            said = f"--output cannot be written ({error}); make room, then go on with --resume"
+            said = f"--output cannot be written ({error}); make room or name another folder"
         print(f"error: {said}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -75,8 +76,9 @@ def read_log(folder: Path) -> list[dict]:
     """All lines of a run's log.jsonl; the first holds its settings. Raises UserError."""
     path = Path(folder) / "log.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return lines if isinstance(lines[0], dict) else lines[0]["?"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is not the log of a run: {error}") from None
 
 
@@ -130,6 +132,8 @@ class RunLog:
     def start(self, stage: str, step: int, steps: int, kept: list, device, quicker: str = ""):
         """A stage begins, or goes on, at `step` of `steps`; kept: `unprinted` of the checkpoint;
         quicker: said when it would take hours."""
+        if self.bar is not None:
+            self.bar.close()
         shown = self.file is not None and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=step, desc=stage, disable=not shown, leave=False)
         self.kept = [{k: v.to(device) for k, v in numbers.items()} for numbers in kept]

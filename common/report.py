@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from common.amp import available_memory
-from common.pictures import EXTENSIONS, Images
+from common.pictures import EXTENSIONS, BadImage, Images, open_image
 from common.splits import UserError
 from common.streams import eval_loader
 
@@ -122,6 +123,16 @@ def predict(source: str, probabilities_of, view, classes: list[str], folder: Pat
     files = sorted(f for f in found if f.suffix.lower() in EXTENSIONS and f.is_file())
     if not files:
         raise UserError(f"--predict {source}: no picture there ({' '.join(EXTENSIONS)})")
+    readable = []
+    for file in files:
+        try:
+            open_image(file)
+            readable.append(file)
+        except BadImage as error:
+            print(f"warning: left out of the predictions: {error}", file=sys.stderr)
+    files = readable
+    if not files:
+        raise UserError(f"--predict {source}: none of its pictures can be read")
     pictures = Images(np.array([os.fsencode(f) for f in files]), np.full(len(files), -1))
     probabilities, shown = [], []
     for seen, _ in eval_loader(pictures, view, 250, workers=workers):

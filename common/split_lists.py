@@ -138,15 +138,18 @@ def _read_lists(files, is_id, place):
 
 
 def _image_folder(data):
-    """ids, targets, classes, root of DIR/train/<class>/ or DIR/<class>/."""
-    root = Path(data, "train") if Path(data, "train").is_dir() else Path(data)
+    """ids, targets, classes, root of DIR/train/<class>/ or DIR/<class>/; ids as a run has them."""
+    if Path(data).name == "train" and not Path(data, "train").is_dir():
+        data = Path(data).parent
+    part = "train/" if Path(data, "train").is_dir() else ""
+    root = Path(data, part)
     try:
         classes = sorted(e.name for e in os.scandir(root) if e.is_dir())
-        found = [(f"{name}/{e.name}", c) for c, name in enumerate(classes)
+        found = [(f"{part}{name}/{e.name}", c) for c, name in enumerate(classes)
                  for e in sorted(os.scandir(root / name), key=lambda e: e.name)
                  if os.path.splitext(e.name)[1].lower() in IMAGE]
     except OSError as e:
         raise UserError(f"--data-path {data}: {e.strerror}: give a folder that can be read") from e
     if not found:
         raise UserError(f"--data-path {data}: no images: give a folder with train/<class>/x.jpg")
-    return [i for i, _ in found], np.array([c for _, c in found]), classes, root
+    return [i for i, _ in found], np.array([c for _, c in found]), classes, Path(data)

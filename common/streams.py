@@ -184,12 +184,12 @@ def stream_loader(
         yield seen, targets
 
 
-def eval_loader(images, view, batch, *, rank=0, world=1, workers=0):
+def eval_loader(images, view, batch, *, rank=0, world=1, workers=0, bad=None):
     """(pictures, targets), every picture once over all processes, in shards of any length."""
     share = [(0, i, i) for i in range(rank, len(images), world)]
     batches = [share[i : i + batch] for i in range(0, len(share), batch)]
     loader = _loader(Views(images, [view], 0, "eval", np.arange(len(images))), batches, workers)
-    bad = BadImages(images)
+    bad = bad or BadImages(images)
     for seen, targets, broken in loader:
         bad.check(broken)
         yield seen[0], targets

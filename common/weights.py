@@ -13,6 +13,8 @@ def read_init(path: str) -> dict:
     """The content of --init FILE, or of a run's folder. Raises UserError."""
     file = Path(path) / checkpoint.NEWEST if Path(path).is_dir() else Path(path)
     if file.name == checkpoint.NEWEST:
+        if not any(file.parent.glob("checkpoint*.pt")):
+            raise UserError(f"--init {path}: no checkpoint in that folder; give a run or a file")
         return checkpoint.load_newest(file.parent, tidy=False)  # the run may be going on
     if file.name == "model.safetensors" and (file.parent / "log.jsonl").exists():
         raise UserError(f"--init {path}: a run of this project; give its folder, {file.parent}")

@@ -1208,7 +1208,8 @@ def test_every_setting_is_a_flag_that_wins_for_the_named_stage(name):
     choices = dict(
         unlabeled_mix="mixup", mix_lam="element", schedule="table", fixmatch_teacher="train"
     )
-    value = choices.get(name, 64 if name == "batch_size" else 7)
+    share = isinstance(default["semi"], float) and default["semi"] <= 1 and name != "mixup"
+    value = choices.get(name, 64 if name == "batch_size" else 0.75 if share else 7)
     other = (
         settings("--dataset imagenet --mix-labeled 0", "sup")
         if name != "mix_labeled"
@@ -1255,7 +1256,7 @@ DIFFER = {  # flags, stage, setting, recommended, paper, code (a silent side: th
     "D6": (C, "semi", "lambda_u", 10, 5, 10),
     "D7": (C, "semi", "tau", 0.7, 0.7, 0.7),
     "D8": (X, "semi", "unlabeled_cutmix", 0.5, 0.0, 0.5),
-    "D9": (X, "semi", "mix_lam", "batch", "element", "batch"),
+    "D9": (X, "semi", "mix_lam", "batch", "batch", "batch"),
     "D10": (X, "semi", "fixmatch_teacher", "eval", "eval", "train"),
     "D11": (X, "semi", "label_smoothing_u", 0.1, 0.1, 0.1),
     "D12": (X, "sup", "weight_decay", 0.3, 0.05, 0.3),
