@@ -270,7 +270,7 @@ PAPER = {  # the paper's own top-1 (data set, arch, labels %): {--mim: number}  
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog=f"{SCRIPT}.py", description=__doc__.split("\n\n")[0],
+    p = flags.Parser(prog=f"{SCRIPT}.py", description=__doc__.split("\n\n")[0],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("what to train").add_argument
     add("--arch", choices=ARCHS,
@@ -999,7 +999,8 @@ def evaluate(model, images, view, run, batch=250) -> dict[str, float]:
     training = model.training
     model.eval()
     sums = torch.zeros(3, device=run.device)  # float32 counts exactly to 16 million
-    share = dict(rank=run.rank, world=run.world, workers=run.workers)
+    share = dict(rank=run.rank, world=run.world, workers=run.workers,
+                 bad=BadImages(images, run.max_bad_images))
     for seen, targets in eval_loader(images, view, batch, **share):
         logits = logits_of(model, seen, run)
         hit = logits.topk(min(5, logits.shape[1])).indices == targets.to(run.device)[:, None]
@@ -1124,6 +1125,7 @@ def run_stage(stage, model, moments, data, split, s, args, run, resume):
         unlabeled = Stream("semi/unlabeled", split.unlabeled, s.batch_u, args.seed)
         of_u = stream_loader(data.train, [views["weak"], views["strong"]], unlabeled, **how)
         batches = ((*b_l, *b_u) for b_l, b_u in zip(batches, of_u))
+    some_known = bool((data.train.targets[split.unlabeled] >= 0).any())
     if resume:
         bad.seen.update(resume["bad_images"])
 
@@ -1153,8 +1155,9 @@ def run_stage(stage, model, moments, data, split, s, args, run, resume):
                 losses, y_hat, o = semi_step(student, x, y, x_w, x_s, s, run.precision, draw)
                 # The only use of unlabelled images' true labels, where known: two logged numbers.
                 right, sure = (y_hat == y_u) & (y_u >= 0), (o >= s.tau) & (y_u >= 0)
-                losses["pseudo_acc"] = right.sum() / (y_u >= 0).sum().clamp(min=1)
-                losses["kept_acc"] = (right & sure).sum() / sure.sum().clamp(min=1)
+                if some_known:
+                    losses["pseudo_acc"] = right.sum() / (y_u >= 0).sum().clamp(min=1)
+                    losses["kept_acc"] = (right & sure).sum() / sure.sum().clamp(min=1)
             run.precision.backward(losses["loss"] / args.accum_steps)
         parts.append({k: v.detach() for k, v in losses.items()})
         if not last_part:
@@ -1261,6 +1264,17 @@ def main(args):
                 raise UserError(f"--resume {run.folder}: its settings were others "
                                 f"({'; '.join(wrong)}); restore them, or start anew without "
                                 "--resume")
+    # What can be refused is refused before a folder is made
+    halved, kind = run.precision.dtype != torch.float32, None
+    for stage in stages:
+        s = settings[stage]
+        costs = cost(args, s, len(data.classes), stage)
+        largest = s.micro_batch + s.batch_u // (run.world * args.accum_steps)
+        report.refuse_too_large(costs, largest, halved, run.device, args.accum_steps)
+    if args.init and state is None:
+        kind = load_init(build_model(args, settings[stages[0]], len(data.classes), stages[0]),
+                         args.init)
+
     if run.folder is None:
         run.folder = log.new_run(SCRIPT, args.output, run.rank)
     run.stop = checkpoint.StopSignal()
@@ -1271,14 +1285,10 @@ def main(args):
                            settings=written, classes=data.classes, split=split.describe(),
                            world=run.world, **log.versions()))
     run.results = state["results"] if state else {}
+    if kind:
+        run.log.say(f"start: {args.init}, format {kind}")
     greet(args, split, {x: settings[x] for x in stages}, run)
 
-    halved = run.precision.dtype != torch.float32
-    for stage in stages:
-        s = settings[stage]
-        costs = cost(args, s, len(data.classes), stage)
-        largest = s.micro_batch + s.batch_u // (run.world * args.accum_steps)
-        report.refuse_too_large(costs, largest, halved, run.device, args.accum_steps)
     model, moments = None, {}
     for stage in stages:
         if state and STAGES.index(stage) < STAGES.index(state["stage"]):
@@ -1289,8 +1299,7 @@ def main(args):
         if before is not None:
             carry_weights(before, model)
         elif args.init and state is None:
-            kind = load_init(model, args.init)
-            run.log.say(f"start: {args.init}, format {kind}")
+            load_init(model, args.init)
         model.to(run.device)
         resume = state if state and state["stage"] == stage else None
         moments = run_stage(stage, model, moments, data, split, settings[stage], args, run, resume)
@@ -1332,7 +1341,8 @@ def start_processes(args) -> SimpleNamespace:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     elif device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        tf32 = args.dtype != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True
     workers = args.workers
     if workers is None:  # digits are drawn more quickly here than they are sent between processes
@@ -1340,6 +1350,7 @@ def start_processes(args) -> SimpleNamespace:
     stats = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device=device)
     return SimpleNamespace(
         rank=rank, world=world, device=device, workers=workers, folder=None, results={},
+        max_bad_images=args.max_bad_images,
         device_ids=[device.index] if device.type == "cuda" else None,
         precision=Precision(device, args.dtype),
         image_size=args.image_size or DATASETS[args.dataset][0],
@@ -1373,6 +1384,7 @@ def greet(args, split, settings, run):
 
 def finish(args, data, split, s, model, run):
     """Weights, curves, views, predictions, and the summary. s: settings of the last stage."""
+    run.log.bar.close()
     from safetensors.torch import save_file  # timm depends on it
 
     name, arguments = timm_arguments(model.s, len(data.classes))
@@ -1445,19 +1457,17 @@ def draw_views(data, split, s, args, run, count=10):
     """views.png: labelled pictures, and the same unlabelled ones weak and strong, or for MAE."""
     lists = view_lists(args.dataset, run.image_size, s)
 
-    def look(name, positions):
-        stream = Stream("picture", positions[:count], min(count, len(positions)), args.seed)
-        bad = BadImages(data.train, args.max_bad_images)
-        loader = stream_loader(data.train, [T.Compose(lists[name])], stream, start=0, stop=1,
-                               bad=bad)
-        (seen,), _ = next(loader)
-        return to_model(*seen, run.stats.cpu())
+    def look(names, positions):
+        stream = Stream(f"picture/{names[0]}", positions[:count], min(count, len(positions)),
+                        args.seed)
+        of_picture, bad = [T.Compose(lists[n]) for n in names], BadImages(data.train, count)
+        seen, _ = next(stream_loader(data.train, of_picture, stream, start=0, stop=1, bad=bad))
+        return {n: to_model(*x, run.stats.cpu()) for n, x in zip(names, seen)}
 
-    rows = {"labelled": look("labeled", split.labeled)}
+    rows = look(["labeled"], split.labeled)
     if len(split.unlabeled):
         shown = np.random.default_rng(args.seed).permutation(split.unlabeled)
-        kinds = ("mae",) if args.method == "mae" else ("weak", "strong")
-        rows |= {name: look(name, shown) for name in kinds}
+        rows |= look(["mae"] if args.method == "mae" else ["weak", "strong"], shown)
     mean, std = run.stats.cpu() / 255.0
     pictures = {name: row * std + mean for name, row in rows.items()}
     report.contact_sheet(pictures, run.folder / "views.png", f"views of {args.dataset}")

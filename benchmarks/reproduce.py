@@ -71,16 +71,16 @@ ROWS = {
         "semiformer.py --method sup", 3),
     "semiformer/digits/sup_long": (
         "Semiformer on the digits, 80 labels", "supervised, as many updates as both stages",
-        "semiformer.py --method sup --epochs 800", 3),
+        "semiformer.py --method sup --epochs 1100", 3),
     "semiformer/digits/cnn_sup": (
         "Semiformer on the digits, 80 labels", "Table 1: CNN, supervised",
-        "semiformer.py --arch conv_digits --method sup --epochs 800", 3),
+        "semiformer.py --arch conv_digits --method sup --epochs 1100", 3),
     "semiformer/digits/cnn_vanilla": (
         "Semiformer on the digits, 80 labels", "Table 1: CNN, Vanilla",
         "semiformer.py --arch conv_digits", 3),
     "semiformer/digits/trans_sup": (
         "Semiformer on the digits, 80 labels", "Table 1: transformer, supervised",
-        "semiformer.py --arch vit_digits --method sup --epochs 800", 3),
+        "semiformer.py --arch vit_digits --method sup --epochs 1100", 3),
     "semiformer/digits/trans_vanilla": (
         "Semiformer on the digits, 80 labels", "Table 1: transformer, Vanilla",
         "semiformer.py --arch vit_digits", 3),

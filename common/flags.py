@@ -6,7 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from common import log
-from common.settings import HOW_TO_RUN, add_settings, follow, mathematics, per_stage, resolve  # noqa: F401
+from common.settings import (  # noqa: F401  scripts write flags.resolve, flags.mathematics
+    HOW_TO_RUN,
+    add_settings,
+    follow,
+    mathematics,
+    per_stage,
+    resolve,
+)
 from common.splits import UserError, make_split, read_split, split_of
 
 
