@@ -28,7 +28,9 @@ from common.log import read_log  # noqa: E402
 from common.report import recipe_hash  # noqa: E402
 
 # name: (table, what, command, seeds); --seed and --split-seed vary together. A list of commands:
-# all but the last prepare it, and {pretrain} stands for the folder of the first one's run.
+# all but the last prepare it, and {pretrain} stands for the folder of the first one's run. A fifth
+# entry: the stages that the row is about, the last of them its result; rows with one command share
+# its runs.
 ROWS = {
     "semi_vit/digits/sup": (
         "Semi-ViT on the digits, 80 labels", "supervised, the stage that all start from",
@@ -66,6 +68,21 @@ ROWS = {
         "semi_mae.py --method fixmatch", 3),
     "semi_mae/digits/semi_mae": (
         "Semi-MAE on the digits, 80 labels", "Semi-MAE", "semi_mae.py", 3),
+    "simclrv2/digits/sup": (
+        "SimCLRv2 on the digits, 80 labels", "labels only, weak augmentation as for fine-tuning",
+        "simclrv2.py", 3, ["sup"]),
+    "simclrv2/digits/sup_strong": (
+        "SimCLRv2 on the digits, 80 labels", "labels only, strong augmentation",
+        "simclrv2.py --method sup --augment strong", 3),
+    "simclrv2/digits/linear": (
+        "SimCLRv2 on the digits, 80 labels", "pretrained, linear classifier on h",
+        "simclrv2.py", 3, ["pretrain", "linear"]),
+    "simclrv2/digits/finetune": (
+        "SimCLRv2 on the digits, 80 labels", "pretrained, fine-tuned",
+        "simclrv2.py", 3, ["pretrain", "finetune"]),
+    "simclrv2/digits/distill": (
+        "SimCLRv2 on the digits, 80 labels", "pretrained, fine-tuned, distilled",
+        "simclrv2.py", 3, ["pretrain", "finetune", "distill"]),
     "semiformer/digits/sup": (
         "Semiformer on the digits, 80 labels", "supervised, the stage that all start from",
         "semiformer.py --method sup", 3),
@@ -122,7 +139,8 @@ def shown(name: str) -> str:
 
 def runs_of(name: str, seed: int) -> list[str]:
     """Folder of each command's run, and name of its log; the last one is the row's result."""
-    base = f"{name.replace('/', '-')}-seed{seed}"
+    first = next(n for n in ROWS if ROWS[n][2] == ROWS[name][2])  # rows may share a command
+    base = f"{first.replace('/', '-')}-seed{seed}"
     return [f"{base}-before{k}" for k in range(1, len(commands_of(name)))] + [base]
 
 
@@ -146,8 +164,11 @@ def run_seed(name: str, seed: int, folder: Path) -> list[dict]:
     return read_log(ROOT / outputs[-1])
 
 
-def results_of(log: list[dict]) -> dict:
-    return log[-1]["results"]
+def results_of(log: list[dict], name: str | None = None) -> dict:
+    """Results of a run's stages; name: of those that this row is about."""
+    results = log[-1]["results"]
+    stages = ROWS[name][4] if name and len(ROWS[name]) > 4 else results
+    return {stage: results[stage] for stage in stages}
 
 
 def summary(values: list[float]) -> tuple[float, float]:
@@ -200,7 +221,7 @@ def write_table():
                       "| what | top-1, last stage | each seed | its supervised stage | gain "
                       "| teacher | updates | minutes | name for reproduce.py, command |",
                       "|---|---|---|---|---|---|---|---|---|"]
-        last = list(results_of(logs[0]))[-1]
+        last = list(results_of(logs[0], name))[-1]
         ends = [results_of(log)[last] for log in logs]
         mean, spread = summary([e["top1"] for e in ends])
         how = (f"{mean:.1f} ± {spread:.1f} ({len(logs)} seeds)" if len(logs) > 1
@@ -213,8 +234,8 @@ def write_table():
                            f"{statistics.mean(gains):+.1f} (least {min(gains):+.1f})")
             teacher = (f"{statistics.mean(e['ema_top1'] for e in ends):.1f}"
                        if "ema_top1" in ends[0] else "-")
-        stages = [r for log in logs + committed(name, before=True)
-                  for r in results_of(log).values()]
+        stages = [r for log in logs for r in results_of(log, name).values()]
+        stages += [r for log in committed(name, before=True) for r in results_of(log).values()]
         updates = sum(r["updates"] for r in stages) // len(logs)
         minutes = sum(r["seconds"] for r in stages) / len(logs) / 60
         each = ", ".join(f"{e['top1']:.1f}" for e in ends)
@@ -249,7 +270,7 @@ def main():
     p.add_argument("--folder", type=Path, default=Path("runs/reproduce"), help="where the runs go")
     args = p.parse_args()
     if args.list or not (args.names or args.table):
-        for name, (_, what, _, seeds) in ROWS.items():
+        for name, (_, what, _, seeds, *_) in ROWS.items():
             print(f"{name:<32} {seeds} seed(s)  {shown(name).replace('`', '')}   # {what}")
         return
     names = [n for n in ROWS if any(n == x or n.startswith(x + "/") for x in args.names)]
@@ -257,10 +278,13 @@ def main():
         p.error(f"no row named {' '.join(args.names)}; see --list")
     (ROOT / args.folder).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = {n: [pool.submit(run_seed, n, seed, args.folder) for seed in range(ROWS[n][3])]
-                for n in names}
-        for name, futures in runs.items():
-            compare(name, [f.result() for f in futures])
+        runs = {}
+        for name in names:
+            if runs_of(name, 0)[-1] not in runs:
+                runs[runs_of(name, 0)[-1]] = [pool.submit(run_seed, name, seed, args.folder)
+                                              for seed in range(ROWS[name][3])]
+        for name in names:
+            compare(name, [f.result() for f in runs[runs_of(name, 0)[-1]]])
     if args.write:
         for name in names:
             for seed in range(ROWS[name][3]):

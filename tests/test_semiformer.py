@@ -1,0 +1,824 @@
+"""semiformer.py: the authors' numbers, equations by hand, counts, recipes, the dry runs."""
+
+import math
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision import transforms as T
+
+import semiformer as S
+from common.amp import Precision
+from common.splits import UserError
+
+PARITY = torch.load(Path(__file__).parent / "parity" / "semiformer.pt", weights_only=True)
+FP32 = Precision(torch.device("cpu"), "fp32")
+PAIR = ("conv_digits", "vit_digits")
+
+
+def parse(text=""):
+    return S.parse_args(text.split())
+
+
+def imagenet(text=""):
+    return parse(f"--dataset imagenet --data-path DIR {text}")
+
+
+def settings(text="", stage="semi", **changes):
+    s = S.derive(parse(text), stage, 1)
+    vars(s).update(changes)
+    return s
+
+
+def small(streams=PAIR, **how):
+    torch.manual_seed(0)
+    return S.Semiformer(streams, 10, image_size=32, **how)
+
+
+def meta_model(text):
+    with torch.device("meta"):
+        return S.build_model(imagenet(text), 1000)
+
+
+def count(modules):
+    return sum(p.numel() for m in modules for p in m.parameters())
+
+
+def close(a, b, atol=1e-6):
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+class Stub(nn.Module):
+    """A model of given logits (S, N, K), in the order of its calls; it notes how it was called."""
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits, self.calls = list(logits), []
+
+    def forward(self, x):
+        self.calls.append((int(self.training), int(torch.is_grad_enabled()), len(x)))
+        return self.logits[len(self.calls) - 1]
+
+
+# ===== parity with the authors' code ==============================================================
+
+COUNTED = {"semiformer": "", "semiformer_pe": "--pos-embed 1",
+           "semiformer_convmixer": "--arch vit_convmixer"}
+
+
+def parts_of(model) -> dict:
+    """Modules of a two-stream model, by the names of the stored counts."""
+    named = dict(model.named_children())
+    depths = model.depths()
+    own = [model.cls_token, *([model.pos_embed] if hasattr(model, "pos_embed") else [])]
+    conv = [named[n] for n in ("conv_1", "mixer_conv", "mixer_bn") if n in named]
+    trans = [named[n] for n in ("trans_patch_conv", "trans_1", "trans_norm")]
+    conv += [b for d in depths for b in (d.cnn_block, d.fusion_block)]
+    return dict(
+        stem=count([model.conv1, model.bn1]), conv_stream=count(conv),
+        trans_stream=count(trans + [d.trans_block for d in depths]) + sum(p.numel() for p in own),
+        fcu_down=count(d.squeeze_block for d in depths),
+        fcu_up=count(d.expand_block for d in depths),
+        conv_cls_head=count([model.conv_cls_head]), trans_cls_head=count([model.trans_cls_head]),
+        total=count([model]))
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_parity_counts(name):
+    found = parts_of(meta_model(COUNTED[name]))
+    heads = found["conv_cls_head"] + found["trans_cls_head"]
+    assert found | {"total_no_classifier": found["total"] - heads} == PARITY["counts"][name]
+
+
+@pytest.mark.parametrize("arch, without", [
+    ("vit_conv", 40_260_288), ("vit_convmixer", 39_795_392), ("pit_conv", 42_236_496),
+    ("conv", 13_230_144), ("vit", 21_697_856), ("convmixer", 13_939_200),
+    ("conv_conv", 35_267_904), ("vit_vit", 46_655_552),
+    ("resnet50", PARITY["counts"]["r50"]["total_no_classifier"]),
+    ("resnet101", PARITY["counts"]["r101"]["total_no_classifier"]),
+    ("resnet152", PARITY["counts"]["r152"]["total_no_classifier"]),
+])
+def test_counts_without_classifiers(arch, without):
+    model = meta_model(f"--arch {arch}")
+    heads = sum(p.numel() for n, p in model.named_parameters()
+                if "_cls_head." in n or n.startswith("fc."))
+    assert count([model]) - heads == without
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_parity_weight_decay_groups(name):
+    groups = S.parameter_groups(meta_model(COUNTED[name]), 0.05)
+    found = {}
+    for group in groups:
+        key = "decay" if group["weight_decay"] else "no_decay"
+        found[f"{key}_tensors"] = len(group["params"])
+        found[f"{key}_params"] = sum(p.numel() for p in group["params"])
+    assert found == PARITY["wd_groups"][name]
+
+
+@pytest.mark.parametrize("arch, key", [("vit_conv", "semiformer"),
+                                       ("vit_convmixer", "convmixer_used")])
+def test_parity_drop_path(arch, key):
+    model = S.model_of(arch, 10, True, drop_path=0.1)
+    rates = [getattr(b.drop_path1, "drop_prob", 0.0) for b in model.modules()
+             if isinstance(b, S.Block)]
+    close(rates, PARITY["drop_path"][key], 1e-7)
+
+
+@pytest.mark.parametrize("total", [300, 600])
+def test_parity_learning_rate(total):
+    recipe = "R1" if total == 600 else "R2"
+    stages = {x: S.derive(imagenet(f"--recipe {recipe}"), x, 1) for x in S.STAGES}
+    assert stages["semi"].first_epoch == stages["sup"].epochs == 30  # phase B begins there
+    found = [S.lr_at(e, stages["sup" if e < 30 else "semi"]) for e in range(total)]
+    close(found, PARITY["lr"][f"used_lr_{total}"], 1e-12)
+
+
+def test_parity_batch_composition():
+    for batch, mu, labeled, unlabeled in PARITY["batch"]["rows"].tolist():
+        ratio = round(1 / mu) - 1
+        assert S.compose(int(batch), int(batch), ratio) == (labeled, unlabeled)
+        assert S.compose(16 * int(batch), int(batch), ratio) == (16 * labeled, 16 * unlabeled)
+
+
+def test_parity_smoothed_cross_entropy():
+    c = PARITY["ls_ce"]
+    y = c["target"]
+    close(S.labeled_losses(c["logits"][None], y, c["smoothing"])[0], c["mean"])
+    certain = torch.ones(len(y))
+    losses, _ = S.pseudo_label_losses(c["logits"][None], y, certain, 0.7, c["smoothing"])
+    close(losses[0], c["per_sample"].mean())
+
+
+LOSSES = {"pl_cnn": "conv", "pl_transformer": "trans", "pl_fuse": "fuse",
+          "pl_softmax_fuse": "softmax_fuse", "thr_0.8": "conv", "lam_1": "conv", "T_0.5": "conv",
+          "unlabel_smooth": "conv"}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_parity_losses_gradients_labels_and_masks(name):
+    c, case = PARITY["loss"], PARITY["loss"]["cases"][name]
+    x, s = (c[k].clone().requires_grad_() for k in ("logits_x", "logits_s"))
+    o, y_hat = S.pseudo_labels(c["logits_w"], LOSSES[name], case["temperature"])
+    keep = o >= case["threshold"]
+    assert torch.equal(keep.double(), case["mask"]) and torch.equal(y_hat, case["pseudo"])
+    of_l = S.labeled_losses(x, c["target"], c["smoothing"])
+    smoothing = 0.1 if case["unlabel_smooth"] else 0.0
+    of_u, kept = S.pseudo_label_losses(s, y_hat, o, case["threshold"], smoothing)
+    close(of_l / 2, [case["Lx_cnn"], case["Lx_trans"]])
+    close(of_u / 2, [case["Lu_cnn"], case["Lu_trans"]])
+    loss = S.over_streams(of_l, "mean") + case["lambda"] * S.over_streams(of_u, "mean")
+    close(loss.detach(), case["loss"])
+    loss.backward()
+    close(x.grad, case["grad_x"])
+    close(s.grad, case["grad_s"])
+    assert not s.grad[:, ~keep].any() and kept == keep.double().mean()
+
+
+@pytest.mark.parametrize("name, head", [("vanilla_cnn", 0), ("vanilla_trans", 1)])
+def test_parity_single_streams_up_to_the_half(name, head):
+    """E6: theirs is the two-stream model with the other stream's weights 0, so half our loss."""
+    c, case = PARITY["loss"], PARITY["loss"]["cases"][name]
+    x, s, w = (c[k][head : head + 1] for k in ("logits_x", "logits_s", "logits_w"))
+    o, y_hat = S.pseudo_labels(w, "conv")
+    of_u, _ = S.pseudo_label_losses(s, y_hat, o, case["threshold"])
+    loss = S.labeled_losses(x, c["target"], c["smoothing"]) + case["lambda"] * of_u
+    close(loss[0] / 2, case["loss"])
+
+
+def test_parity_of_a_whole_step_and_its_forwards():
+    c, case = PARITY["loss"], PARITY["loss"]["cases"]["pl_cnn"]
+    joint = torch.cat([c["logits_x"], c["logits_s"]], 1)
+    model = Stub(joint, c["logits_w"]).train()
+    s = settings(label_smoothing=c["smoothing"], tau=0.7, lambda_u=4.0)
+    x_u = torch.zeros(16, 3, 8, 8)
+    losses, y_hat, o = S.semi_step(model, model, x_u[:3], c["target"], x_u, x_u, s, FP32)
+    close(losses["loss"], case["loss"])
+    assert [list(x) for x in model.calls] == case["calls"].tolist() and model.training
+
+
+def test_parity_of_labels_alone():
+    c, case = PARITY["loss"], PARITY["loss"]["cases"]["sup_only"]
+    model = Stub(c["logits_x"]).train()
+    s = settings(stage="sup", label_smoothing=c["smoothing"])
+    close(S.sup_step(model, torch.zeros(3, 3, 8, 8), c["target"], s, FP32)["loss"], case["loss"])
+    assert [list(x) for x in model.calls] == case["calls"].tolist()
+
+
+def test_parity_evaluation():
+    c = PARITY["evaluate"]
+    scores = S.predictions(c["logits"], ("head1", "head2"))
+    for name, z in scores.items():
+        hit = z.topk(5).indices == c["target"][:, None]
+        close(100 * hit[:, 0].double().mean(), c["acc1" + name], 1e-4)
+        if "acc5" + name in c:
+            close(100 * hit.any(1).double().mean(), c["acc5" + name], 1e-4)
+    assert c["acc1"] != c["acc1_softmax"]
+
+
+@pytest.fixture
+def tiny_streams(monkeypatch):
+    """Streams whose depths 2 and 3 have the sizes of the stored blocks."""
+    rows = ((1, 8, 1), (2, 16, 2))
+    monkeypatch.setitem(S.STREAMS, "c", ("bottleneck", "small", 1, 3, rows))
+    for patch in (2, 4):
+        monkeypatch.setitem(S.STREAMS, f"v{patch}", ("attention", "small", patch, 4, ((3, 12, 1),)))
+
+
+def block_of(name):
+    if name == "trans_block":
+        return S.Block(12, 3, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    return {
+        "bottleneck_plain": lambda: S.Bottleneck(16, 16),
+        "bottleneck_with_xt": lambda: S.Bottleneck(16, 16),
+        "bottleneck_stride2": lambda: S.Bottleneck(8, 16, 2, project=True),
+        "fcu_down": lambda: S.Squeeze(8, 12, 4),
+        "fcu_up": lambda: S.Expand(8, 12, 2),
+        "conv_trans_block": lambda: S.Depth("c", "v4", 1, True, 0.0, True),
+        "conv_trans_block_no_fcu": lambda: S.Depth("c", "v4", 1, False, 0.0, True),
+        "conv_trans_block_last": lambda: S.Depth("c", "v2", 2, True, 0.0, True),
+        "convmixer_block": lambda: S.Mixer(6, 9),
+        "convmixer_block_with_xt": lambda: S.Mixer(6, 9),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", PARITY["blocks"])
+def test_parity_blocks(name, tiny_streams):
+    case = PARITY["blocks"][name]
+    block, state = block_of(name), dict(case["state"])
+    if name == "conv_trans_block_no_fcu":  # the authors keep the unused units, we do not build them
+        state = {k: v for k, v in state.items() if "squeeze" not in k and "expand" not in k}
+    block.load_state_dict(state)
+    block = block.double()
+    given = [v.double() if torch.is_tensor(v) else v for k, v in case["in"].items()
+             if k not in ("return_x_2", "remove_fcu")]
+    for mode, expected in ((False, case["out_eval"]), (True, case["out_train"])):
+        found = block.train(mode)(*given)
+        for a, b in zip(found if isinstance(found, tuple) else [found], expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+    buffers = dict(block.named_buffers())
+    for k, v in case["running_after_train"].items():
+        if k in buffers:
+            close(buffers[k], v)
+
+
+# ===== the model ==================================================================================
+
+
+def test_shapes_at_224_and_order_of_the_heads():
+    model = S.model_of("vit_conv", 1000, True).eval()
+    seen = []
+    for depth in model.depths():
+        depth.register_forward_hook(lambda m, i, o: seen.append((*o[0].shape[1:], o[1].shape[1])))
+    with torch.no_grad():
+        logits = model(torch.zeros(1, 3, 224, 224))
+        small_logits = model(torch.rand(2, 3, 32, 32))
+    assert logits.shape == (2, 1, 1000) and small_logits.shape == (2, 2, 1000)
+    expected = 3 * [(256, 56, 56, 197)] + 4 * [(512, 28, 28, 197)] + 3 * [(1024, 14, 14, 197)]
+    assert seen[:11] == [*expected, (1024, 7, 7, 197)] and model.names == ("conv", "trans")
+    assert [d.r for d in model.depths()] == [4] * 3 + [2] * 4 + [1] * 4
+
+
+def test_factors_of_the_other_pairs():
+    r = {a: [d.r for d in meta_model(f"--arch {a}").depths()]
+         for a in ("vit_convmixer", "pit_conv")}
+    assert r == {"vit_convmixer": [2] * 10, "pit_conv": [2] + [4] * 2 + [2] * 8}
+    pit = meta_model("--arch pit_conv").depths()
+    assert [k for k, d in enumerate(pit, 2) if isinstance(d.pool, S.Pool)] == [3, 9]
+
+
+def test_the_published_names():
+    names = {n.split(".")[0] for n in meta_model("").state_dict()}
+    assert names == {"cls_token", "conv1", "bn1", "conv_1", "trans_patch_conv", "trans_1",
+                     "trans_norm", "trans_cls_head", "conv_cls_head",
+                     *(f"conv_trans_{i}" for i in range(2, 13))}
+    of_depth = {n.split(".")[1] for n in meta_model("").state_dict() if "conv_trans_5" in n}
+    assert of_depth == {"cnn_block", "fusion_block", "squeeze_block", "expand_block", "trans_block"}
+
+
+@pytest.mark.parametrize("arch, power", [("vit_conv_digits", 3), ("vit_convmixer_digits", 3)])
+def test_the_class_token_doubles_at_every_exchange(arch, power):
+    """Dossier: 2048 = 2^11 at twelve depths; nothing but itself is ever added to it."""
+    model = S.model_of(arch, 10, True, image_size=32).eval()
+    for block in model.modules():
+        if isinstance(block, S.Block):
+            for layer in (block.attn.proj, block.mlp.fc2):
+                nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    seen = []
+    model.trans_norm.register_forward_hook(lambda m, i, o: seen.append(i[0][:, 0]))
+    model(torch.rand(2, 3, 32, 32))
+    torch.testing.assert_close(seen[0], 2.0**power * model.cls_token[0].expand(2, -1))
+    assert len(S.model_of("vit_conv", 10, True).depths()) == 11
+
+
+def test_a_fusion_bottleneck_leaves_the_residual_alone():
+    block, x, up = S.Bottleneck(16, 16), torch.randn(2, 16, 4, 4), torch.randn(2, 16, 4, 4)
+    assert not torch.equal(block(x, up), block(x))
+    nn.init.zeros_(block.bn3.weight)
+    torch.testing.assert_close(block(x, up), F.relu(x))
+
+
+def test_eq5_row_zero_is_the_token_itself_and_eq6_ignores_it():
+    x, t = torch.randn(2, 8, 8, 8), torch.randn(2, 17, 12)
+    down = S.Squeeze(8, 12, 2)(x, t)
+    assert torch.equal(down[:, 0], t[:, 0]) and down.shape == t.shape
+    up = S.Expand(8, 12, 2).eval()
+    moved = t.clone()
+    moved[:, 0] += 1
+    assert torch.equal(up(t, 4, 4), up(moved, 4, 4)) and up(t, 4, 4).shape == x.shape
+    cells = up(t, 4, 4).unfold(2, 2, 2).unfold(3, 2, 2)
+    assert (cells == cells[..., :1, :1]).all() and cells.min() >= 0
+    plain = S.Expand(8, 12, 2, act=False).eval()  # D4: the paper has no ReLU
+    assert plain(t, 4, 4).min() < 0
+    silent = S.Squeeze(8, 12, 2, act=False)
+    close(silent(x, t)[:, 1:].mean(-1), torch.zeros(2, 16), 1e-5)  # Eq. 5 ends in the layer norm
+
+
+def test_without_exchange_the_streams_share_the_stem_alone():
+    x, model = torch.rand(2, 3, 32, 32), small(fuse=False).eval()
+    before = model(x)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "trans" in name and "cnn_block" not in name and "fusion_block" not in name:
+                p.add_(0.1)
+    after = model(x)
+    assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "cnn_block" in name or "fusion_block" in name or name.startswith("conv_1."):
+                p.add_(0.1)
+    assert torch.equal(after[1], model(x)[1]) and not torch.equal(after[0], model(x)[0])
+    assert not any("squeeze" in n or "expand" in n for n in model.state_dict())
+
+
+def test_without_position_embedding_tokens_have_no_order():
+    model, t = small(("vit_digits",)).eval(), torch.randn(2, 17, 64)
+    order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(16)])
+    a, b = t, t[:, order]
+    for depth in model.depths():
+        (_, a), (_, b) = depth(None, a), depth(None, b)
+    torch.testing.assert_close(a[:, 0], b[:, 0], atol=1e-5, rtol=1e-5)
+    with_embedding = small(("vit_digits",), pos_embed=True)
+    assert with_embedding.pos_embed.shape == (1, 16, 64)
+
+
+@pytest.mark.parametrize("arch", [a for a in S.ARCHS if a.endswith("_digits")] + ["resnet50"])
+def test_every_small_network_learns_with_all_its_parameters(arch):
+    torch.manual_seed(0)
+    model = S.model_of(arch, 10, True, **({"image_size": 32} if "_" in arch else {}))
+    logits = S.heads_of(model, torch.rand(4, 3, 32, 32))
+    assert logits.shape == (len(S.ARCHS[arch]), 4, 10) and logits.dtype == torch.float32
+    S.labeled_losses(logits, torch.arange(4)).mean().backward()
+    unused = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not unused, unused  # DDP would wait for these
+
+
+def test_twins_hear_each_other_only_when_fused():
+    for arch in ("vit_vit_digits", "conv_conv_digits"):
+        for fuse in (True, False):
+            model = S.model_of(arch, 10, fuse, image_size=32).eval()
+            x = torch.rand(2, 3, 32, 32)
+            before = model(x)
+            with torch.no_grad():
+                for p in model.second.parameters():
+                    p.add_(0.05 * torch.randn_like(p))
+            assert torch.equal(before[0], model(x)[0]) is not fuse, (arch, fuse)
+
+
+def test_initial_weights():
+    model = S.model_of("vit_conv", 10, True)
+    head, conv = model.trans_cls_head.weight, model.conv_trans_2.cnn_block.conv2.weight
+    assert abs(head.std() - 0.02) < 0.002 and not model.trans_cls_head.bias.any()
+    assert abs(conv.std() / math.sqrt(2 / (64 * 9)) - 1) < 0.05
+    assert model.trans_norm.eps == model.bn1.eps == 1e-5
+    depth = model.conv_trans_3
+    norms = depth.cnn_block.bn1, depth.expand_block.bn, depth.squeeze_block.ln
+    assert {m.eps for m in norms} == {1e-6}
+    assert depth.trans_block.norm1.eps == 1e-6 and model.conv_1.bn3.weight.eq(1).all()
+    mixer = S.model_of("vit_convmixer", 10, True).conv_1.conv1.weight
+    assert abs(mixer.std() - 0.0057) < 0.0002
+
+
+# ===== losses and the step ========================================================================
+
+
+def test_eq1_sums_or_averages_the_heads():
+    logits = torch.zeros(2, 3, 10)
+    losses = S.labeled_losses(logits, torch.tensor([0, 1, 2]))
+    close(losses, [math.log(10)] * 2)
+    close(S.over_streams(losses, "mean"), math.log(10))
+    close(S.over_streams(losses, "sum"), 2 * math.log(10))
+
+
+def test_eq2_takes_the_first_head_and_carries_no_gradient():
+    logits = torch.tensor([[[0.0, 2.0]], [[3.0, 0.0]]], requires_grad=True)
+    for source, label in (("conv", 1), ("trans", 0), ("fuse", 0)):
+        o, y_hat = S.pseudo_labels(logits, source)
+        assert y_hat.item() == label and not o.requires_grad
+    close(S.pseudo_labels(logits, "fuse")[0][0], 1 / (1 + math.exp(-1 / 2)))
+    a, b = 1 / (1 + math.exp(2)), 1 / (1 + math.exp(-3))
+    close(S.pseudo_labels(logits, "softmax_fuse")[0][0], (a + b) / 2)
+
+
+def test_eq3_divides_by_all_unlabelled_and_keeps_the_threshold_itself():
+    o = torch.tensor([0.9, 0.7, 0.69, 0.1])  # two of four reach tau = 0.7
+    logits = torch.zeros(2, 4, 10, requires_grad=True)
+    losses, kept = S.pseudo_label_losses(logits, torch.zeros(4, dtype=torch.long), o, 0.7)
+    assert kept == 0.5
+    close(losses.detach(), [0.5 * math.log(10)] * 2)
+    losses.sum().backward()
+    assert logits.grad[:, :2].abs().min() > 0 and not logits.grad[:, 2:].any()
+    none, kept = S.pseudo_label_losses(logits, torch.zeros(4, dtype=torch.long), o, 1.1)
+    assert none.sum() == 0 and kept == 0
+
+
+def test_the_order_of_a_step():
+    """BatchNorm moves once; labels come from eval mode after that and before the update."""
+    model = small().train()
+    bn = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    x_l, x_s, x_w = torch.rand(4, 3, 32, 32), torch.rand(12, 3, 32, 32), torch.rand(12, 3, 32, 32)
+    s = settings("--drop-path 0 --tau semi=0")
+    losses, y_hat, o = S.semi_step(model, model, x_l, torch.arange(4), x_w, x_s, s, FP32)
+    assert {int(m.num_batches_tracked) for m in bn} == {1} and all(m.training for m in bn)
+    again = small().train()
+    with torch.no_grad():
+        again(torch.cat([x_l, x_s]))  # the same statistics
+        expected = again.eval()(x_w)[0].softmax(-1).max(-1)
+        before = small().eval()(x_w)[0].softmax(-1).max(-1)
+        in_train_mode = small().train()(x_w)[0].softmax(-1).max(-1)
+    assert torch.equal(o, expected[0]) and torch.equal(y_hat, expected[1])
+    assert not torch.equal(o, before[0]) and not torch.equal(o, in_train_mode[0])
+    losses["loss"].backward()
+    assert torch.equal(losses["loss"], losses["loss_l"] + s.lambda_u * losses["loss_u"])  # Eq. 4
+
+
+def test_eval_mode_gives_every_module_its_own_mode_back():
+    model = small().train()
+    model.bn1.eval()  # frozen
+    with S.eval_mode(model):
+        assert not any(m.training for m in model.modules())
+    assert [m for m in model.modules() if not m.training] == [model.bn1]
+
+
+def test_a_frozen_batch_norm_keeps_its_statistics(tmp_path):
+    """--freeze-bn, through the loop: two updates leave all running statistics as they began."""
+    S.main(parse("--freeze-bn 1 --epochs sup=2,semi=0 --num-labels 20 --batch-size sup=8,semi=24 "
+                 f"--evals 1 --stage sup --output {tmp_path / 'run'}"))
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    assert all(v.eq(float("running_var" in k)).all() for k, v in state.items() if "running_" in k)
+
+
+# ===== schedule, batches, recipes =================================================================
+
+
+def test_the_learning_rate_of_single_epochs():
+    s = S.derive(imagenet("--recipe R1"), "semi", 1)
+    expected = {0: 1e-6, 1: 1e-6, 2: 2.008e-4, 5: 8.002e-4, 6: 9.9983e-4, 30: 9.9430e-4,
+                599: 1.00271e-5}
+    for epoch, lr in expected.items():
+        assert S.lr_at(epoch, s) == pytest.approx(lr, rel=1e-4)
+    for world in (1, 16):
+        assert S.derive(imagenet("--recipe R1"), "semi", world).lr == 1e-3
+    paper = S.derive(imagenet("--recipe R1 --follow D6=paper"), "semi", 1)
+    assert S.lr_at(5, paper) == pytest.approx(9.9983e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe, of_sup, of_semi, updates", [
+    ("R1", (3456, 0), (416, 3040), (37, 308)), ("R1c", (864, 0), (104, 760), (148, 1231)),
+    ("R2", (1728, 0), (288, 1440), (74, 444)), ("R2b", (1728, 0), (208, 1520), (74, 616)),
+])
+def test_batches_and_updates_of_the_recipes(recipe, of_sup, of_semi, updates):
+    sup, semi = (S.derive(imagenet(f"--arch vit_conv --recipe {recipe}"), x, 1) for x in S.STAGES)
+    assert ((sup.n_l, sup.n_u), (semi.n_l, semi.n_u)) == (of_sup, of_semi)
+    assert tuple(S.updates_per_epoch(128116, s) for s in (sup, semi)) == updates
+    named = S.derive(imagenet(f"--recipe {recipe} --follow D5=paper"), "semi", 1)
+    assert named.n_u == semi.unlabeled_ratio * named.n_l
+
+
+RECIPE_CELLS = [  # flags, recipe, epochs in all, batch, labelled of a group, smoothing of labels_u
+    ("", "R1", 600, 3456, 13, 0.1),
+    ("--recipe R1b", "R1b", 600, 3456, 13, 0.0),
+    ("--recipe R1c", "R1c", 600, 864, 13, 0.1),
+    ("--recipe R2", "R2", 300, 1728, 18, 0.0),
+    ("--recipe R2b", "R2b", 300, 1728, 13, 0.0),
+    ("--labels 5", "R3", 300, 1728, 10, 0.0),
+    ("--labels 20", "R4", 300, 1728, 18, 0.0),
+    ("--arch vit_convmixer", "R5", 300, 1344, 14, 0.0),
+    ("--arch pit_conv", "R2", 300, 1728, 18, 0.0),
+    ("--dataset places205 --data-path DIR", "R6", 300, 1728, 18, 0.0),
+    ("--method conv_labeled", "R2", 300, 1728, 18, 0.0),
+    ("--pseudo-source trans", "R2", 300, 1728, 18, 0.0),
+]
+
+
+@pytest.mark.parametrize("flags, name, epochs, batch, share, smoothing", RECIPE_CELLS)
+def test_the_recipes_cell_by_cell(flags, name, epochs, batch, share, smoothing):
+    args = imagenet(flags)
+    assert S.recipe_name(args) == name
+    sup, semi = (S.derive(args, x, 1) for x in S.STAGES)
+    assert (sup.epochs, sup.epochs + semi.epochs) == (30, epochs)
+    assert semi.batch_size == batch and semi.n_l == batch // semi.batch_group * share
+    assert semi.label_smoothing_u == smoothing and semi.label_smoothing == 0.1
+    assert semi.lr == (4e-3 if name == "R1b" else 1e-3) and semi.min_lr == 1e-5
+    assert (semi.tau, semi.lambda_u, semi.warmup_epochs, semi.weight_decay, semi.drop_path) == (
+        0.7, 4.0, 5.0, 0.05, 0.1)
+    assert semi.unlabeled_pool == "all"
+    assert semi.pseudo_source == ("trans" if "pseudo" in flags else "conv")
+
+
+def test_supervised_alone_trains_all_epochs_on_full_batches_of_labels():
+    s = S.derive(imagenet("--arch vit --method sup"), "sup", 1)  # R7
+    assert (s.epochs, s.all_epochs, s.first_epoch, s.n_l, s.n_u) == (300, 300, 0, 1728, 0)
+
+
+@pytest.mark.parametrize("follow, name, stage, value", [
+    ("D1=paper", "color_jitter", "semi", 0.4), ("D2=paper", "unlabeled_pool", "semi", "rest"),
+    ("D3=paper", "stream_loss", "sup", "sum"), ("D4=paper", "exchange_act", "sup", 0),
+    ("D5=paper", "batch_group", "semi", 3456), ("D6=paper", "lr_lag", "sup", 0),
+])
+def test_departures(follow, name, stage, value):
+    paper = S.derive(imagenet(f"--follow {follow}"), stage, 1)
+    assert getattr(paper, name) == value and follow in paper.sources[name]
+    default = S.derive(imagenet(), stage, 1)
+    assert getattr(default, name) == getattr(S.derive(imagenet("--follow code"), stage, 1), name)
+    assert getattr(default, name) != value
+
+
+def test_departure_d4_reaches_the_model():
+    assert S.build_model(parse(""), 10).conv_trans_2.squeeze_block.act
+    assert not S.build_model(parse("--follow D4=paper"), 10).conv_trans_2.squeeze_block.act
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--method vanilla --arch vit_conv", "--method"),
+    ("--method semiformer --arch vit", "--method"),
+    ("--method conv_labeled --arch conv", "--method"), ("--fuse 2", "--fuse"),
+])
+def test_method_and_streams_must_fit(flags, named, capsys):
+    with pytest.raises(SystemExit):
+        parse(flags)
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--pseudo-source semi=vote", "--pseudo-source"), ("--stream-loss max", "--stream-loss"),
+    ("--batch-size semi=4", "--batch-size"), ("--accum-steps 7", "--accum-steps"),
+    ("--unlabeled-ratio semi=0", "--unlabeled-ratio"),
+])
+def test_settings_that_cannot_be(flags, named):
+    with pytest.raises(UserError, match=named):
+        S.derive(parse(flags), "semi", 1)
+
+
+def test_an_image_size_that_the_streams_cannot_cut():
+    with pytest.raises(UserError, match="multiple of 16"):
+        S.build_model(imagenet("--image-size 200"), 10)
+
+
+# ===== views ======================================================================================
+
+
+def test_views_are_the_authors_lists():
+    s = S.derive(imagenet(), "semi", 1)
+    lists = S.view_lists("imagenet", 224, s)
+    names = {k: [type(t).__name__ for t in v] for k, v in lists.items()}
+    strong = ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment", "ToBytes"]
+    assert names["labeled"] == names["strong"] == strong  # no colour jitter, erasing last
+    assert names["weak"] == ["RandomHorizontalFlip", "Resize", "RandomCrop", "ToBytes"]
+    assert names["evaluate"] == ["Resize", "CenterCrop", "ToBytes"]
+    flip, resize, crop, last = lists["weak"]
+    assert resize.size == 256 and crop.padding == 4 and crop.padding_mode == "reflect"
+    assert tuple(crop.size) == (224, 224)
+    assert last.reprob == 0 and lists["strong"][-1].reprob == 0.25
+    jittered = S.view_lists("imagenet", 224, S.derive(imagenet("--follow D1=paper"), "semi", 1))
+    assert isinstance(jittered["strong"][3], T.ColorJitter)
+    picture = Image.new("RGB", (500, 375))
+    for view in lists.values():
+        assert T.Compose(view)(picture)[0].shape == (3, 224, 224)
+
+
+# ===== weights ====================================================================================
+
+
+def test_the_authors_checkpoint_loads(tmp_path):
+    model = small()
+    published = {"model": {f"module.{k}": v for k, v in small().state_dict().items()}, "epoch": 3}
+    torch.save(published, tmp_path / "published.pth")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    assert S.load_init(model, str(tmp_path / "published.pth"))[0] == "semiformer"
+    assert all(torch.equal(v, published["model"][f"module.{k}"])
+               for k, v in model.state_dict().items())
+    other = S.Semiformer(PAIR, 7, image_size=32)  # another number of classes: heads stay new
+    S.load_init(other, str(tmp_path / "published.pth"))
+    unfused = small(fuse=False)  # the exchange units of the file are left out
+    S.load_init(unfused, str(tmp_path / "published.pth"))
+    torch.save({"model": dict(list(published["model"].items())[9:])}, tmp_path / "part.pth")
+    with pytest.raises(UserError, match="missing"):
+        S.load_init(small(), str(tmp_path / "part.pth"))
+
+
+# ===== attention maps =============================================================================
+
+
+def test_rollout_by_hand():
+    """With attention even in every block, each row is (I + 1/n) / 2 times itself, all maps flat."""
+    model = small(("vit_digits",)).eval()
+    for block in model.modules():
+        if isinstance(block, S.Block):
+            nn.init.zeros_(block.attn.qkv.weight), nn.init.zeros_(block.attn.qkv.bias)
+    maps = S.attention_maps(model, torch.rand(3, 3, 32, 32))
+    close(maps, torch.ones(3, 4, 4))
+
+
+def test_rollout_is_the_product_of_the_blocks():
+    model, x = small().eval(), torch.rand(1, 3, 32, 32)
+    inputs = []
+    for block in model.modules():
+        if isinstance(block, S.Block):
+            block.attn.register_forward_hook(lambda m, i, o: inputs.append((m, i[0])))
+    found = S.attention_maps(model, x)
+    total = torch.eye(17)
+    with torch.no_grad():
+        for attn, t in inputs:
+            q, k, _ = attn.qkv(t)[0].chunk(3, -1)
+            heads = [(q[:, h : h + 16] @ k[:, h : h + 16].T / 4).softmax(-1)
+                     for h in range(0, 64, 16)]
+            total = (sum(heads) / 4 + torch.eye(17)) / 2 @ total
+    row = total[0, 1:]
+    close(found[0], (row / row.max()).view(4, 4), 1e-5)
+    assert len(inputs) == 4 and not model.training
+
+
+def test_attention_of_each_kind_of_network():
+    x = torch.rand(2, 3, 32, 32)
+    for arch, grid in (("pit_conv_digits", 4), ("vit_vit_digits", 4), ("vit_convmixer_digits", 4),
+                       ("conv_digits", None)):
+        maps = S.attention_maps(S.model_of(arch, 10, True, image_size=32), x)
+        assert maps is None if grid is None else maps.shape == (2, grid, grid)
+
+
+# ===== dry runs ===================================================================================
+
+
+@pytest.fixture
+def no_costs(monkeypatch):
+    """Arithmetic and memory are counted in one test, not in fifty."""
+    monkeypatch.setattr(S.report, "cost", lambda model, size: dict(flops=1, kept=1, fixed=1))
+
+
+@pytest.mark.parametrize("key", S.PAPER, ids=lambda k: "-".join(map(str, k)))
+def test_every_row_of_the_tables_has_a_dry_run(key, no_costs):
+    dataset, arch, method, source, labels, recipe = key
+    flags = f"--dataset {dataset} --data-path DIR --arch {arch} --method {method} --labels {labels}"
+    flags += f" --pseudo-source {source}" if source in ("trans", "fuse") else ""
+    if (arch, method, labels) == ("vit_conv", "semiformer", 10):
+        flags += f" --recipe {recipe}"
+    text = S.dry_run(parse(flags))
+    of_trans, both = S.PAPER[key]
+    assert f"the paper's own result: {both} top-1" in text and f"'{recipe}'" in text
+    assert (f"transformer head {of_trans}" in text) is bool(of_trans)
+    total = {"imagenet": {5: 64058, 10: 128116, 20: 256233}[labels], "places205": 122444}[dataset]
+    stage = "sup" if method == "sup" else "semi"
+    s = S.derive(parse(flags), stage, 1)
+    assert f", {S.updates_per_epoch(total, s)} updates per epoch" in text
+    for name in ("tau", "lambda_u", "n_l", "n_u"):
+        assert (f"\n  {name} " in text) is (method != "sup" or name == "n_l"), name
+
+
+def test_the_numbers_of_the_tables():
+    """Tables 1, 2, 6 and 7 from the same dictionary; the arrows of Table 4."""
+    p = {k[1:]: v for k, v in S.PAPER.items() if k[0] == "imagenet"}
+    full = ("semiformer", "conv", 10)
+    assert p["vit_conv", *full, "R1"] == (None, 75.5) and p["vit_conv", *full, "R2"] == (72.4, 73.5)
+    resnets = [p[f"resnet{d}", "vanilla", "conv", 10, "R2"][1] for d in (50, 101, 152)]
+    assert resnets == [68.3, 70.8, 71.8]
+    assert p["conv_conv", *full, "R2"][1] == 66.9 and p["vit_vit", *full, "R2"][1] == 59.6
+    assert len(S.PAPER) == 39
+
+
+@pytest.mark.parametrize("flags", [
+    f"--recipe R2 {x}" for x in ("--tau 0.65", "--tau 0.75", "--tau 0.8", "--lambda-u 1",
+                                 "--lambda-u 2", "--lambda-u 3", "--unlabeled-ratio semi=3",
+                                 "--unlabeled-ratio semi=7")])
+def test_the_hyper_parameter_study_has_dry_runs_without_numbers(flags, no_costs):
+    text = S.dry_run(imagenet(f"--arch vit_conv {flags}"))
+    assert "the paper's own result" not in text and "444 updates" in text or "ratio" in flags
+
+
+def test_the_dry_run_shows_two_blocks_and_counts():
+    text = S.dry_run(parse(""))
+    assert text.count("== ") == 2 and "== this run: digits" in text
+    assert "parameters 41,670,288, without classifiers 40,260,288" in text
+    assert "75.5" in text and "308 updates per epoch, 175,560 in all" in text
+    assert S.dry_run(parse("--arch conv_digits")).count("68.5 top-1") == 1
+
+
+def test_the_first_line_names_the_papers_command():
+    args = parse("--arch vit_conv_digits --method conv_labeled")
+    command = S.command_of(S.paper_args(args))
+    assert command == ("python semiformer.py --dataset imagenet --data-path DIR --arch vit_conv "
+                       "--labels 10 --method conv_labeled")
+    again = parse(command.split("semiformer.py ")[1])
+    assert S.paper_number(again) == "70.2 top-1, transformer head 67.2"
+
+
+# ===== a run, its pictures, its end ===============================================================
+
+SHORT = ("--arch vit_conv_digits --image-size 32 --num-labels 20 --evals 1 --epochs sup=2,semi=1 "
+         "--batch-size sup=8,semi=16 --unlabeled-ratio semi=3 --workers 0")
+
+
+def test_a_run_and_its_pictures(tmp_path, tiny, capsys):
+    flags = f"--data-path {tiny} {SHORT}"
+    S.main(parse(f"{flags} --output {tmp_path / 'a'}"))
+    S.main(parse(f"{flags} --method conv_labeled --output {tmp_path / 'b'}"))
+    for name in ("attention.png", "views.png", "curves.png"):
+        assert (tmp_path / "a" / name).stat().st_size > 1000, name
+    said = capsys.readouterr().out
+    assert "conv " in said and "trans " in said and "softmax " in said and "gain" in said
+    picture = next((tiny / "val" / "c3").iterdir())
+    S.main(parse(f"--eval {tmp_path / 'a'} --attention {picture} --compare {tmp_path / 'b'}"))
+    assert "attention: " in capsys.readouterr().out
+    both = Image.open(tmp_path / "a" / "attention.png").size
+    S.main(parse(f"--eval {tmp_path / 'a'} --attention {picture}"))
+    assert both[1] > Image.open(tmp_path / "a" / "attention.png").size[1]  # five rows, three rows
+    with pytest.raises(SystemExit):
+        S.main(parse(f"--eval {tmp_path / 'a'} --attention {tmp_path / 'nothing'}"))
+    S.main(parse(f"--eval {tmp_path / 'b'} --predict {tiny / 'val' / 'c3'}"))
+    rows = (tmp_path / "b" / "predictions.csv").read_text().splitlines()
+    assert len(rows) == 3 and rows[0].startswith("file,class_1,probability_1")
+
+
+@pytest.mark.parametrize("more", ["--arch vit_digits --ema-decay 0.9", "--arch conv_conv_digits",
+                                  "--pseudo-source softmax_fuse --follow paper --pos-embed 1"])
+def test_runs_of_other_kinds(more, tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(S.report, "curves", lambda *a, **k: None)
+    S.main(parse(f"--data-path {tiny} {SHORT} {more} --output {tmp_path / 'run'}"))
+    found = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["results"]["semi"]
+    heads = {"top1_conv", "top1_trans"} if "source" in more else {"top1_first", "top1_second"}
+    assert ("ema_top1" in found) if "ema" in more else heads <= found.keys()
+
+
+def test_stage_semi_goes_on_with_the_optimiser_of_stage_sup(tmp_path, tiny):
+    """One training in two runs (schedule "one"): the same weights as in one."""
+    flags = f"--data-path {tiny} {SHORT}"
+    S.main(parse(f"{flags} --output {tmp_path / 'one'}"))
+    S.main(parse(f"{flags} --stage sup --output {tmp_path / 'sup'}"))
+    S.main(parse(f"{flags} --stage semi --init {tmp_path / 'sup'} --output {tmp_path / 'semi'}"))
+    one, two = (torch.load(tmp_path / k / "checkpoint.pt", weights_only=True)
+                for k in ("one", "semi"))
+    assert all(torch.equal(v, two["model"][k]) for k, v in one["model"].items())
+    assert one["stage"] == two["stage"] == "semi"
+
+
+def test_evaluation_reports_heads_and_both_fusions(tiny):
+    from common.data import load_dataset
+
+    run = SimpleNamespace(rank=0, world=1, workers=0, device=torch.device("cpu"), precision=FP32,
+                          max_bad_images=0,
+                          stats=torch.ones(2, 3, 1, 1))
+    data, s = load_dataset("digits", None), settings()
+    view = T.Compose(S.view_lists("digits", 32, s)["evaluate"])
+    model = small().train()
+    found = S.evaluate(model, data.val.take(range(50)), view, run)
+    assert {"top1", "top1_conv", "top1_trans", "top1_softmax", "top5"} <= found.keys()
+    assert model.training and found["top5"] >= found["top1"]
+    assert S.evaluate(small(("vit_digits",)), data.val.take(range(50)), view, run).keys() == {
+        "top1", "top5"}
+
+
+def keep_each_rank(script, folder):
+    """Child: what every process holds at a save."""
+    save = script.save
+
+    def also(stage, step, seconds, model, *rest):
+        rank = torch.distributed.get_rank()
+        torch.save(model.state_dict(), f"{folder}/{stage}{step}-rank{rank}.pt")
+        save(stage, step, seconds, model, *rest)
+
+    script.save = also
+
+
+def test_two_processes_hold_the_same_weights_and_statistics(tiny, tmp_path):
+    """E8; and stopped in stage semi and resumed, both go on to the same end."""
+    from conftest import SCRIPTS, assert_same_run, only_run, run_script, world
+
+    argv = next(x for x in SCRIPTS if x.name == "semiformer").argv(tiny)
+    world(run_script, 2 * [("semiformer", argv, keep_each_rank, (str(tmp_path),))], tmp_path / "a")
+    saved = sorted(tmp_path.glob("*-rank0.pt"))
+    assert len(saved) == 7  # 3, 6, 8 of stage sup; 3, 6, 9, 10 of stage semi
+    for file in saved:
+        one = torch.load(file, weights_only=True)
+        two = torch.load(str(file).replace("rank0", "rank1"), weights_only=True)
+        assert all(torch.equal(v, two[k]) for k, v in one.items()), file.name
+    for more in (["--stop-after", "9"], ["--resume", "auto"]):
+        world(run_script, 2 * [("semiformer", argv + more)], tmp_path / "b")
+    assert_same_run(only_run(tmp_path / "a"), only_run(tmp_path / "b"))
