@@ -358,7 +358,7 @@ def semiformer_case(script, stage):
 
 
 def simclrv2_case(script, stage):
-    """(model, batch, losses): float64, global BatchNorm in train mode; a row of batch is an image."""
+    """(model, batch, losses): float64, global BatchNorm in train mode; a batch row is an image."""
     flags = "--arch resnet_digits --width 0.5 --num-labels 20 --alpha 0.5 --temperature 0.5"
     args = script.parse_args(flags.split())
     s = script.derive(args, stage, 1)
