@@ -227,11 +227,11 @@ _CIFAR = dict(  # the README's ResNet-18, pretrained and with a linear classifie
     distill=dict(epochs=200, batch_size=512, warmup_epochs=10),
     source="authors' README (pretrain, linear); the other stages are not tuned")
 _DIGITS = dict(  # found on 1,000 held-out training images, see docs/results.md
-    pretrain=dict(lr_base=0.3, batch_size=48, epochs=9, warmup_epochs=0.45, temperature=0.2,
+    pretrain=dict(lr_base=0.3, batch_size=48, epochs=16, warmup_epochs=0.8, temperature=0.2,
                   crop_min=0.5, ema_decay=0.99),
-    sup=dict(lr_base=0.32, batch_size=40, epochs=300, warmup_epochs=0, crop_min=0.8),
+    sup=dict(lr_base=0.64, batch_size=40, epochs=300, warmup_epochs=0, crop_min=0.8),
     linear=dict(lr_base=6.4, batch_size=40, epochs=150, weight_decay=0.0, crop_min=0.8),
-    finetune=dict(lr_base=0.05, batch_size=40, epochs=75, crop_min=0.8),
+    finetune=dict(lr_base=0.01, batch_size=10, epochs=100, crop_min=0.8),
     distill=dict(lr_base=0.3, batch_size=128, epochs=6.4, warmup_epochs=0.32, kd_temperature=1.0,
                  crop_min=0.8), source="measured here")
 
