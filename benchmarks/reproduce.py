@@ -89,42 +89,60 @@ ROWS = {
     "semiformer/digits/sup_long": (
         "Semiformer on the digits, 80 labels", "supervised, as many updates as both stages",
         "semiformer.py --method sup --epochs 1100", 3),
-    "semiformer/digits/cnn_sup": (
-        "Semiformer on the digits, 80 labels", "Table 1: CNN, supervised",
-        "semiformer.py --arch conv_digits --method sup --epochs 1100", 3),
-    "semiformer/digits/cnn_vanilla": (
-        "Semiformer on the digits, 80 labels", "Table 1: CNN, Vanilla",
-        "semiformer.py --arch conv_digits", 3),
-    "semiformer/digits/trans_sup": (
-        "Semiformer on the digits, 80 labels", "Table 1: transformer, supervised",
-        "semiformer.py --arch vit_digits --method sup --epochs 1100", 3),
-    "semiformer/digits/trans_vanilla": (
-        "Semiformer on the digits, 80 labels", "Table 1: transformer, Vanilla",
-        "semiformer.py --arch vit_digits", 3),
-    "semiformer/digits/conv_labeled": (
-        "Semiformer on the digits, 80 labels",
-        "Table 1: both, Conv-labeled (the transformer alone: top1_trans of the log)",
-        "semiformer.py --method conv_labeled", 3),
     "semiformer/digits/semiformer": (
         "Semiformer on the digits, 80 labels", "Semiformer", "semiformer.py", 3),
-    "semiformer/digits/convmixer": (
-        "Semiformer on the digits, 80 labels", "Table 3: ViT + ConvMixer",
-        "semiformer.py --arch vit_convmixer_digits", 1),
-    "semiformer/digits/pit": (
-        "Semiformer on the digits, 80 labels", "Table 3: PiT + Conv",
-        "semiformer.py --arch pit_conv_digits", 1),
-    "semiformer/digits/pl_trans": (
-        "Semiformer on the digits, 80 labels", "Table 6: labels from the transformer",
-        "semiformer.py --pseudo-source trans", 1),
-    "semiformer/digits/pl_fuse": (
-        "Semiformer on the digits, 80 labels", "Table 6: labels from both",
-        "semiformer.py --pseudo-source fuse", 1),
-    "semiformer/digits/conv_conv": (
-        "Semiformer on the digits, 80 labels", "Table 7: C+C",
-        "semiformer.py --arch conv_conv_digits", 1),
-    "semiformer/digits/vit_vit": (
-        "Semiformer on the digits, 80 labels", "Table 7: V+V",
-        "semiformer.py --arch vit_vit_digits", 1),
+    "semiformer/third/cnn_sup": (
+        "Semiformer on the digits, 80 labels, a third of the epochs",
+        "Table 1: CNN, supervised",
+        "semiformer.py --arch conv_digits --method sup --epochs 367", 3),
+    "semiformer/third/cnn_vanilla": (
+        "Semiformer on the digits, 80 labels, a third of the epochs",
+        "Table 1: CNN, Vanilla",
+        "semiformer.py --arch conv_digits --epochs sup=167,semi=40", 3),
+    "semiformer/third/trans_sup": (
+        "Semiformer on the digits, 80 labels, a third of the epochs",
+        "Table 1: transformer, supervised",
+        "semiformer.py --arch vit_digits --method sup --epochs 367", 3),
+    "semiformer/third/trans_vanilla": (
+        "Semiformer on the digits, 80 labels, a third of the epochs",
+        "Table 1: transformer, Vanilla",
+        "semiformer.py --arch vit_digits --epochs sup=167,semi=40", 3),
+    "semiformer/third/conv_labeled": (
+        "Semiformer on the digits, 80 labels, a third of the epochs",
+        "Table 1: both, Conv-labeled",
+        "semiformer.py --method conv_labeled --epochs sup=167,semi=40", 3),
+    "semiformer/third/semiformer": (
+        "Semiformer on the digits, 80 labels, a third of the epochs",
+        "Table 1: Semiformer",
+        "semiformer.py --epochs sup=167,semi=40", 3),
+    "semiformer/third/convmixer": (
+        "Semiformer on the digits, 80 labels, a third of the epochs",
+        "Table 3: ViT + ConvMixer",
+        "semiformer.py --arch vit_convmixer_digits --epochs sup=167,semi=40", 1),
+    "semiformer/third/pit": (
+        "Semiformer on the digits, 80 labels, a third of the epochs",
+        "Table 3: PiT + Conv",
+        "semiformer.py --arch pit_conv_digits --epochs sup=167,semi=40", 1),
+    "semiformer/third/pl_trans": (
+        "Semiformer on the digits, 80 labels, a third of the epochs",
+        "Table 6: labels from the transformer",
+        "semiformer.py --pseudo-source trans --epochs sup=167,semi=40", 1),
+    "semiformer/third/pl_fuse": (
+        "Semiformer on the digits, 80 labels, a third of the epochs",
+        "Table 6: labels from both",
+        "semiformer.py --pseudo-source fuse --epochs sup=167,semi=40", 1),
+    "semiformer/third/conv_conv": (
+        "Semiformer on the digits, 80 labels, a third of the epochs",
+        "Table 7: C+C",
+        "semiformer.py --arch conv_conv_digits --epochs sup=167,semi=40", 1),
+    "semiformer/third/vit_vit": (
+        "Semiformer on the digits, 80 labels, a third of the epochs",
+        "Table 7: V+V",
+        "semiformer.py --arch vit_vit_digits --epochs sup=167,semi=40", 1),
+    "semiformer/third/mae": (
+        "Semiformer on the digits, 80 labels, a third of the epochs",
+        "Semi-MAE's Table 2: with the MAE branch",
+        "semiformer.py --mae-weight 1 --epochs sup=167,semi=40", 1),
 }
 
 
