@@ -237,7 +237,7 @@ def write_table():
             table = title
             lines += ["", f"## {title}", "",
                       "| what | top-1, last stage | each seed | its supervised stage | gain "
-                      "| teacher | updates | minutes | name for reproduce.py, command |",
+                      "| teacher, or each head | updates | minutes | name for reproduce.py, command |",
                       "|---|---|---|---|---|---|---|---|---|"]
         last = list(results_of(logs[0], name))[-1]
         ends = [results_of(log)[last] for log in logs]
@@ -250,8 +250,9 @@ def write_table():
             gains = [e["top1"] - s for e, s in zip(ends, starts)]
             start, gain = (f"{statistics.mean(starts):.1f}",
                            f"{statistics.mean(gains):+.1f} (least {min(gains):+.1f})")
-            teacher = (f"{statistics.mean(e['ema_top1'] for e in ends):.1f}"
-                       if "ema_top1" in ends[0] else "-")
+            also = {"ema_top1": "", "top1_conv": "conv ", "top1_trans": "trans "}
+            teacher = ", ".join(f"{word}{statistics.mean(e[key] for e in ends):.1f}"
+                                for key, word in also.items() if key in ends[0]) or "-"
         stages = [r for log in logs for r in results_of(log, name).values()]
         stages += [r for log in committed(name, before=True) for r in results_of(log).values()]
         updates = sum(r["updates"] for r in stages) // len(logs)
