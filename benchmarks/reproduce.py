@@ -28,9 +28,9 @@ from common.log import read_log  # noqa: E402
 from common.report import recipe_hash  # noqa: E402
 
 # name: (table, what, command, seeds); --seed and --split-seed vary together. A list of commands:
-# all but the last prepare it, and {pretrain} stands for the folder of the first one's run. A fifth
-# entry: the stages that the row is about, the last of them its result; rows with one command share
-# its runs.
+# all but the last prepare it, and {pretrain} stands for the folder of the first one's run; the
+# first may be another row's name, whose runs are then used. A fifth entry: the stages that the row
+# is about, the last of them its result; rows with one command share its runs.
 ROWS = {
     "semi_vit/digits/sup": (
         "Semi-ViT on the digits, 80 labels", "supervised, the stage that all start from",
@@ -143,7 +143,51 @@ ROWS = {
         "Semiformer on the digits, 80 labels, a third of the epochs",
         "Semi-MAE's Table 2: with the MAE branch",
         "semiformer.py --mae-weight 1 --epochs sup=167,semi=40", 1),
+    "s4former/scenes/sup": (
+        "S4Former on digit scenes, 30 of 1,000 labelled",
+        "pretraining and supervised stage, that all start from",
+        "s4former.py --method sup", 3),
+    "s4former/scenes/sup_long": (
+        "S4Former on digit scenes, 30 of 1,000 labelled",
+        "supervised, as many updates as both stages",
+        "s4former.py --method sup --iterations sup=1200", 3),
+    "s4former/scenes/s4former": (
+        "S4Former on digit scenes, 30 of 1,000 labelled", "S4Former",
+        "s4former.py", 3),
 }
+
+_THIRD = {  # Tables S2 and S3 and the supplement's variants: all from one supervised stage
+    "mean_teacher": ("mean teacher (Table S3: colour jitter alone)", "--method mean_teacher", 3),
+    "base": ("Base: CutMix (Table S2, no part)", "--method base", 3),
+    "shuffle": ("Base + PatchShuffle", "--method base --shuffle 0.5", 3),
+    "pasa": ("Base + PASA", "--method base --pasa ours", 3),
+    "ncr": ("Base + NCR", "--method base --ncr ncr", 3),
+    "s4former": ("Base + all three: S4Former", "", 3),
+    "shuffle_pasa": ("Base + PatchShuffle + PASA", "--ncr off", 1),
+    "pasa_ncr": ("Base + PASA + NCR", "--shuffle 0", 1),
+    "shuffle_ncr": ("Base + PatchShuffle + NCR", "--pasa off", 1),
+    "s3_cutout": ("Table S3: CutOut", "--method base --strong cutout", 1),
+    "s3_mixunmix": ("Table S3: Mix/UnMix", "--method base --strong mixunmix", 1),
+    "s3_classmix": ("Table S3: ClassMix", "--method base --strong classmix", 1),
+    "s3_shuffle": ("Table S3: PatchShuffle alone", "--method mean_teacher --shuffle 0.5", 1),
+    "s3_shuffle_mixunmix": ("Table S3: PatchShuffle + Mix/UnMix", "--method base --strong mixunmix --shuffle 0.5", 1),
+    "s3_shuffle_classmix": ("Table S3: PatchShuffle + ClassMix", "--method base --strong classmix --shuffle 0.5", 1),
+    "pasa_rand": ("Base + PASA, mask rand", "--method base --pasa rand", 1),
+    "pasa_reverse1": ("Base + PASA, mask reverse1", "--method base --pasa reverse1", 1),
+    "pasa_reverse2": ("Base + PASA, mask reverse2", "--method base --pasa reverse2", 1),
+    "pasa_product": ("Base + PASA, product, alpha 50", "--method base --pasa product --pasa-alpha 50", 1),
+    "ncr_all": ("Base + All-CR in the place of NCR", "--method base --ncr all_sq", 1),
+    "soft": ("Base, soft pseudo-labels", "--method base --pseudo soft", 1),
+    "unimatch": ("UniMatch", "--method unimatch", 1),
+    "unimatch_ours": ("UniMatch + ours", "--method unimatch --with-ours", 1),
+    "augseg": ("AugSeg", "--method augseg", 1),
+    "augseg_ours": ("AugSeg + ours", "--method augseg --with-ours", 1),
+}
+ROWS |= {f"s4former/third/{name}": (
+    "S4Former on digit scenes, a third of stage semi's iterations", what,
+    ["s4former/scenes/sup",
+     f"s4former.py --stage semi --init {{pretrain}} --iterations semi=200 {flags}".strip()], seeds)
+    for name, (what, flags, seeds) in _THIRD.items()}
 
 
 def commands_of(name: str) -> list[str]:
@@ -152,24 +196,34 @@ def commands_of(name: str) -> list[str]:
 
 
 def shown(name: str) -> str:
-    return ", then ".join(f"`python {command}`" for command in commands_of(name))
+    words = [shown(c) if c in ROWS else f"`python {c}`" for c in commands_of(name)]
+    return ", then ".join(words)
 
 
 def runs_of(name: str, seed: int) -> list[str]:
     """Folder of each command's run, and name of its log; the last one is the row's result."""
     first = next(n for n in ROWS if ROWS[n][2] == ROWS[name][2])  # rows may share a command
     base = f"{first.replace('/', '-')}-seed{seed}"
-    return [f"{base}-before{k}" for k in range(1, len(commands_of(name)))] + [base]
+    before = [runs_of(c, seed)[-1] if c in ROWS else f"{base}-before{k}"
+              for k, c in enumerate(commands_of(name)[:-1], 1)]
+    return [*before, base]
 
 
 def log_file(run: str) -> Path:
     return ROOT / "docs" / "logs" / f"{run}.jsonl"
 
 
-def run_seed(name: str, seed: int, folder: Path) -> list[dict]:
-    """The runs of a row, one thread, from the root of the project; returns the last one's log."""
+def run_seed(name: str, seed: int, folder: Path, before) -> list[dict]:
+    """The runs of a row, one thread, from the root of the project; returns the last one's log.
+
+    before: futures of the same seed of rows that this one starts from.
+    """
+    for run in before:
+        run.result()
     outputs = [folder / run for run in runs_of(name, seed)]
     for output, command in zip(outputs, commands_of(name)):
+        if command in ROWS:
+            continue  # its row has run before, see main
         shutil.rmtree(ROOT / output, ignore_errors=True)
         flags = ["--seed", str(seed), "--split-seed", str(seed), "--output", str(output)]
         words = [word.replace("{pretrain}", str(outputs[0])) for word in shlex.split(command)]
@@ -194,10 +248,20 @@ def summary(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def metric_of(result: dict) -> str | None:
+    """The number that a stage is judged by; None where it has none (a pretraining)."""
+    return next((key for key in ("top1", "miou") if key in result), None)
+
+
+def score(result: dict) -> float:
+    return result[metric_of(result)]
+
+
 def band_of(logs: list[list[dict]]) -> dict:
-    stages = [s for s, r in results_of(logs[0]).items() if "top1" in r]  # a pretraining has none
-    top1 = {s: summary([results_of(log)[s]["top1"] for log in logs]) for s in stages}
-    return {"seeds": len(logs), "top1": {s: [round(x, 3) for x in v] for s, v in top1.items()}}
+    first = results_of(logs[0])
+    scores = {s: summary([score(results_of(log)[s]) for log in logs])
+              for s in first if metric_of(first[s])}
+    return {"seeds": len(logs), "stages": {s: [round(x, 3) for x in v] for s, v in scores.items()}}
 
 
 def committed(name: str, before=False) -> list[list[dict]]:
@@ -213,10 +277,10 @@ def committed(name: str, before=False) -> list[list[dict]]:
 def compare(name: str, logs: list[list[dict]]):
     """Print the new mean beside the committed band: two spreads, at least one point, each way."""
     old = committed(name)
-    for stage, (mean, spread) in band_of(logs)["top1"].items():
+    for stage, (mean, spread) in band_of(logs)["stages"].items():
         line = f"{name}  {stage}: {mean:.2f} +- {spread:.2f} ({len(logs)} seeds)"
         if old:
-            centre, width = band_of(old)["top1"][stage]
+            centre, width = band_of(old)["stages"][stage]
             width = max(2 * width, 1.0)
             inside = abs(mean - centre) <= width
             line += f"   committed {centre:.2f} +- {width:.2f}: {'inside' if inside else 'OUTSIDE'}"
@@ -235,29 +299,33 @@ def write_table():
             if table:
                 lines += ["", notes.get(table, "")]
             table = title
+            kind = {"miou": "mIoU", "top1": "top-1"}[
+                metric_of(list(results_of(logs[0]).values())[-1])]
             lines += ["", f"## {title}", "",
-                      "| what | top-1, last stage | each seed | its supervised stage | gain "
-                      "| teacher, or each head | updates | minutes | name for reproduce.py, command |",
+                      f"| what | {kind}, last stage | each seed | its supervised stage | gain "
+                      "| teacher, or each head | updates | minutes "
+                      "| name for reproduce.py, command |",
                       "|---|---|---|---|---|---|---|---|---|"]
         last = list(results_of(logs[0], name))[-1]
         ends = [results_of(log)[last] for log in logs]
-        mean, spread = summary([e["top1"] for e in ends])
+        mean, spread = summary([score(e) for e in ends])
         how = (f"{mean:.1f} ± {spread:.1f} ({len(logs)} seeds)" if len(logs) > 1
                else f"{mean:.1f} (single run)")
         start = gain = teacher = "-"
         if last != "sup":
-            starts = [results_of(log)["sup"]["top1"] for log in logs]
-            gains = [e["top1"] - s for e, s in zip(ends, starts)]
+            before = logs if "sup" in results_of(logs[0]) else committed(name, before=True)
+            starts = [score(results_of(log)["sup"]) for log in before]
+            gains = [score(e) - s for e, s in zip(ends, starts)]
             start, gain = (f"{statistics.mean(starts):.1f}",
                            f"{statistics.mean(gains):+.1f} (least {min(gains):+.1f})")
-            also = {"ema_top1": "", "top1_conv": "conv ", "top1_trans": "trans "}
+            also = {"ema_top1": "", "ema_miou": "", "top1_conv": "conv ", "top1_trans": "trans "}
             teacher = ", ".join(f"{word}{statistics.mean(e[key] for e in ends):.1f}"
                                 for key, word in also.items() if key in ends[0]) or "-"
         stages = [r for log in logs for r in results_of(log, name).values()]
         stages += [r for log in committed(name, before=True) for r in results_of(log).values()]
         updates = sum(r["updates"] for r in stages) // len(logs)
         minutes = sum(r["seconds"] for r in stages) / len(logs) / 60
-        each = ", ".join(f"{e['top1']:.1f}" for e in ends)
+        each = ", ".join(f"{score(e):.1f}" for e in ends)
         lines.append(f"| {what} | {how} | {each} | {start} | {gain} | {teacher} | {updates} "
                      f"| {minutes:.1f} | `{name}`: {shown(name)} |")
         first = logs[0][0]
@@ -293,6 +361,7 @@ def main():
             print(f"{name:<32} {seeds} seed(s)  {shown(name).replace('`', '')}   # {what}")
         return
     names = [n for n in ROWS if any(n == x or n.startswith(x + "/") for x in args.names)]
+    names = list(dict.fromkeys(m for n in names for m in (*commands_of(n)[:-1], n) if m in ROWS))
     if args.names and not names:
         p.error(f"no row named {' '.join(args.names)}; see --list")
     (ROOT / args.folder).mkdir(parents=True, exist_ok=True)
@@ -300,8 +369,10 @@ def main():
         runs = {}
         for name in names:
             if runs_of(name, 0)[-1] not in runs:
-                runs[runs_of(name, 0)[-1]] = [pool.submit(run_seed, name, seed, args.folder)
-                                              for seed in range(ROWS[name][3])]
+                before = [runs[runs_of(c, 0)[-1]] for c in commands_of(name) if c in ROWS]
+                runs[runs_of(name, 0)[-1]] = [  # jobs begin in order: what one waits for has begun
+                    pool.submit(run_seed, name, seed, args.folder, [b[seed] for b in before])
+                    for seed in range(ROWS[name][3])]
         for name in names:
             compare(name, [f.result() for f in runs[runs_of(name, 0)[-1]]])
     if args.write:

@@ -61,7 +61,7 @@ def band(path: Path, recipe: dict) -> str:
     found = bands.get(recipe_hash(recipe))
     if not found:
         return "no reference band for these settings; benchmarks/reproduce.py measures one"
-    parts = [f"{stage} {mean:.1f} +- {sd:.1f}" for stage, (mean, sd) in found["top1"].items()]
+    parts = [f"{stage} {mean:.1f} +- {sd:.1f}" for stage, (mean, sd) in found["stages"].items()]
     return f"expected here ({found['seeds']} seeds, docs/results.md): {', '.join(parts)}"
 
 
