@@ -170,12 +170,15 @@ _THIRD = {  # Tables S2 and S3 and the supplement's variants: all from one super
     "s3_mixunmix": ("Table S3: Mix/UnMix", "--method base --strong mixunmix", 1),
     "s3_classmix": ("Table S3: ClassMix", "--method base --strong classmix", 1),
     "s3_shuffle": ("Table S3: PatchShuffle alone", "--method mean_teacher --shuffle 0.5", 1),
-    "s3_shuffle_mixunmix": ("Table S3: PatchShuffle + Mix/UnMix", "--method base --strong mixunmix --shuffle 0.5", 1),
-    "s3_shuffle_classmix": ("Table S3: PatchShuffle + ClassMix", "--method base --strong classmix --shuffle 0.5", 1),
+    "s3_shuffle_mixunmix": ("Table S3: PatchShuffle + Mix/UnMix",
+                            "--method base --strong mixunmix --shuffle 0.5", 1),
+    "s3_shuffle_classmix": ("Table S3: PatchShuffle + ClassMix",
+                            "--method base --strong classmix --shuffle 0.5", 1),
     "pasa_rand": ("Base + PASA, mask rand", "--method base --pasa rand", 1),
     "pasa_reverse1": ("Base + PASA, mask reverse1", "--method base --pasa reverse1", 1),
     "pasa_reverse2": ("Base + PASA, mask reverse2", "--method base --pasa reverse2", 1),
-    "pasa_product": ("Base + PASA, product, alpha 50", "--method base --pasa product --pasa-alpha 50", 1),
+    "pasa_product": ("Base + PASA, product, alpha 50",
+                     "--method base --pasa product --pasa-alpha 50", 1),
     "ncr_all": ("Base + All-CR in the place of NCR", "--method base --ncr all_sq", 1),
     "soft": ("Base, soft pseudo-labels", "--method base --pseudo soft", 1),
     "unimatch": ("UniMatch", "--method unimatch", 1),
@@ -186,7 +189,7 @@ _THIRD = {  # Tables S2 and S3 and the supplement's variants: all from one super
 ROWS |= {f"s4former/third/{name}": (
     "S4Former on digit scenes, a third of stage semi's iterations", what,
     ["s4former/scenes/sup",
-     f"s4former.py --stage semi --init {{pretrain}} --iterations semi=200 {flags}".strip()], seeds)
+     f"s4former.py --stage semi --init {{pretrain}} --iterations semi=267 {flags}".strip()], seeds)
     for name, (what, flags, seeds) in _THIRD.items()}
 
 
