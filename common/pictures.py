@@ -40,6 +40,10 @@ class Images:
             return Image.fromarray(self.pixels[i]).convert("RGB")
         return open_image(self.path(i))
 
+    def check(self, i: int):
+        """Read all that there is of place i. Raises BadImage."""
+        self.pil(i)
+
     def take(self, positions) -> "Images":
         pixels = None if self.pixels is None else self.pixels[positions]
         return Images(self.ids[positions], self.targets[positions], self.root, pixels)
@@ -69,7 +73,7 @@ class BadImages:
             self.seen.add(i)
             if len(self.seen) > self.allowed:
                 try:
-                    self.images.pil(i)
+                    self.images.check(i)
                     reason = f"{self.images.path(i)}: could not be read a moment ago"
                 except BadImage as error:
                     reason = str(error)
