@@ -18,7 +18,7 @@ def _files(root: Path, *folders: str) -> dict[str, str]:
     """{path in the folder, without extension: path in root} of root/folders/..., sorted."""
     folder = "/".join(folders)
     if not (root / folder).is_dir():
-        raise UserError(f"--data-path {root}: no folder {folder}/ there [see README]")
+        raise UserError(f"--data-path {root}: no folder {folder}/ there")
     found = {}
     for file in _scan(root / folder):
         key = os.path.splitext(file)[0]
@@ -73,8 +73,8 @@ def voc(root: Path):
     pictures = {stem(f): f for f in _files(root, "JPEGImages").values()}
     folders = [f for f in ("SegmentationClassAug", "SegmentationClass") if (root / f).is_dir()]
     if not folders:
-        raise UserError(f"--data-path {root}: no folder SegmentationClassAug/ or "
-                        "SegmentationClass/ there [see README]")
+        raise UserError(f"--data-path {root}: no folder SegmentationClass/ there; unpack the "
+                        "whole archive")
     of_train, of_val = _files(root, folders[0]), _files(root, folders[-1])
     lists = root / "ImageSets" / "Segmentation"
     val = _listed(lists / "val.txt")

@@ -11,14 +11,8 @@ from torchvision.utils import draw_segmentation_masks
 
 from common.class_names import IGNORE
 from common.masks import Pairs
-from common.streams import (
-    eval_loader,
-    own_draws,
-    read_or_next,
-    seed_everything,
-    seed_of,
-    stream_loader,
-)
+from common.pictures import read_or_next
+from common.streams import eval_loader, own_draws, seed_everything, seed_of, stream_loader
 
 
 class PairViews(Dataset):
@@ -78,7 +72,7 @@ def confusion(pred: Tensor, target: Tensor, num_classes: int, ignore: int = IGNO
 def iou(matrix: Tensor) -> Tensor:
     """(K,) float64 in [0, 1]: intersection over union of each class of a `confusion` matrix; nan
     for a class that is in no mask and no prediction."""
-    matrix = matrix.double()
+    matrix = matrix.cpu().double()  # some devices have no float64
     both = matrix.diagonal()
     return both / (matrix.sum(0) + matrix.sum(1) - both)
 
@@ -115,9 +109,11 @@ def colours(masks: Tensor, palette: np.ndarray) -> Tensor:
     return torch.from_numpy(palette)[masks.cpu().long()].movedim(-1, -3)
 
 
-def overlay(picture: Tensor, mask: Tensor, palette: np.ndarray, alpha: float = 0.6) -> Tensor:
-    """(3, H, W) uint8: a picture (3, H, W) uint8 with a mask (H, W) over it; 255 stays clear."""
-    ids = [i for i in mask.unique().tolist() if i != IGNORE]
+def overlay(picture: Tensor, mask: Tensor, palette: np.ndarray, alpha: float = 0.6,
+            clear=(IGNORE,)) -> Tensor:
+    """(3, H, W) uint8: a picture (3, H, W) uint8 with a mask (H, W) over it; ids of clear show the
+    picture alone."""
+    ids = [i for i in mask.unique().tolist() if i not in clear]
     if not ids:
         return picture
     each = torch.stack([mask == i for i in ids])

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from common import class_names
 from common.class_names import IGNORE
-from common.mask_layouts import LAYOUTS
+from common.mask_layouts import LAYOUTS, layout_of
 from common.pictures import BadImage, open_image
 from common.splits import UserError
 
@@ -41,7 +41,7 @@ class Pairs:
         return len(self.ids)
 
     def name(self, i: int) -> str:
-        return self.ids[i].decode("utf-8", "surrogateescape")
+        return os.fsdecode(self.ids[i])
 
     def path(self, i: int) -> str:
         return self.name(i) if self.root is None else str(self.root / self.name(i))
@@ -64,13 +64,13 @@ class Pairs:
 
         size: (width, height) of picture i, where the caller has read it already.
         """
-        if not self.has_mask[i]:
-            raise BadImage(f"{self.path(i)}: has no mask")
         if self.masks is not None:
             path, values = f"mask of {self.path(i)}", self.masks[i]
-        else:
-            path = self.root / self.mask_ids[i].decode("utf-8", "surrogateescape")
+        elif self.mask_ids is not None and self.mask_ids[i]:
+            path = self.root / os.fsdecode(self.mask_ids[i])
             values = read_ids(path)
+        else:
+            raise BadImage(f"{self.path(i)}: has no mask")
         if self.lookup is not None:
             values = self.lookup[values]
         size = size or self.pil(i).size
@@ -135,7 +135,12 @@ def load_pairs(name: str, data_path: str | None, *, seed: int = 0, holdout: int 
     root = Path(data_path)
     if not root.is_dir():
         raise UserError(f"--data-path {root}: no such folder")
-    listed, classes, table = LAYOUTS[name](root)
+    try:
+        listed, classes, table = LAYOUTS[name](root)
+    except UserError as error:
+        other = layout_of(root)
+        hint = f"; is it --dataset {other}?" if other not in (None, name) else ""
+        raise UserError(f"--dataset {name}: {error}{hint}") from None
     classes = classes or _count_classes(root, [m for _, masks in listed.values() for m in masks])
     parts = [_pairs(root, *listed[part], len(classes), table) for part in ("train", "val")]
     data = PairSet(*parts, classes, class_names.palette(name))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common.pictures import BadImage, BadImages, Images
+from common.pictures import BadImages, Images, read_or_next
 from common.splits import UserError
 
 
@@ -112,19 +112,6 @@ class Views(Dataset):
         return tuple(view(picture) for view in self.views), int(self.images.targets[i]), broken
 
 
-def read_or_next(read, i: int, positions: np.ndarray):
-    """(read(i), i, -1), or of the next of positions that can be read, and the i that could not."""
-    broken = -1
-    for _ in range(100):
-        try:
-            return read(i), i, broken
-        except BadImage as error:
-            broken, reason = (i if broken < 0 else broken), error
-            at = np.flatnonzero(positions == i)[0] + 1
-            i = int(positions[at % len(positions)])
-    raise UserError(f"{reason}: a hundred pictures in a row cannot be read")
-
-
 class _Share:
     """The batches of a process: of every global batch, part a of --accum-steps, share r of all."""
 
@@ -169,6 +156,15 @@ def _loader(views: Views, batches, workers: int, pin: bool = False) -> DataLoade
                       worker_init_fn=_start_worker, generator=torch.Generator())
 
 
+def _checked(loader, bad):
+    try:
+        for seen, targets, broken in loader:
+            bad.check(broken)
+            yield seen, targets
+    except UserError as error:  # a worker's message has its traceback before it: keep the one line
+        raise UserError(str(error).rsplit("UserError: ")[-1].rstrip()) from None
+
+
 def stream_loader(
     images, views, stream, *, start, stop, rank=0, world=1, accum=1, workers=0, pin=False,
     bad=None, of=Views
@@ -182,10 +178,7 @@ def stream_loader(
         raise UserError(f"{what} processes x --accum-steps {accum}; change --batch-size")
     of_stream = of(images, views, stream.seed, stream.name, stream.positions)
     loader = _loader(of_stream, _Share(stream, start, stop, rank, world, accum), workers, pin)
-    bad = bad or BadImages(images)
-    for seen, targets, broken in loader:
-        bad.check(broken)
-        yield seen, targets
+    yield from _checked(loader, bad or BadImages(images))
 
 
 def eval_loader(images, view, batch, *, rank=0, world=1, workers=0, bad=None, of=Views):
@@ -193,7 +186,5 @@ def eval_loader(images, view, batch, *, rank=0, world=1, workers=0, bad=None, of
     share = [(0, i, i) for i in range(rank, len(images), world)]
     batches = [share[i : i + batch] for i in range(0, len(share), batch)]
     loader = _loader(of(images, [view], 0, "eval", np.arange(len(images))), batches, workers)
-    bad = bad or BadImages(images)
-    for seen, targets, broken in loader:
-        bad.check(broken)
+    for seen, targets in _checked(loader, bad or BadImages(images)):
         yield seen[0], targets
