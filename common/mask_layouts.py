@@ -8,6 +8,8 @@ without the masks), and a table from values in the files to class ids, or None.
 import os
 from pathlib import Path
 
+import numpy as np
+
 from common import class_names
 from common.data import _scan
 from common.split_lists import parse, stem
@@ -52,7 +54,7 @@ def folder(root: Path, classes: list[str] | None = None, table=None):
         listed["train"] = ids + extra, masks + [""] * len(extra)
     names = root / "classes.txt"
     if classes is None and names.exists():
-        lines = names.read_text(encoding="utf-8-sig").splitlines()
+        lines = names.read_text(encoding="utf-8-sig", errors="replace").splitlines()
         classes = [line.strip() for line in lines if line.strip()]
         if len(set(classes)) < len(classes) or not 2 <= len(classes) <= 255:
             raise UserError(f"{names} (--data-path): {len(classes)} names; write 2 to 255 "
@@ -138,6 +140,7 @@ def coco(root: Path):
     return listed, class_names.COCO, None
 
 
+MASKED = ["pictures with a mask"]  # for a split they are one class: what may be labelled
 LAYOUTS = dict(folder=folder, camvid=camvid, voc=voc, cityscapes=cityscapes, coco=coco)
 
 
@@ -145,3 +148,9 @@ def layout_of(root) -> str | None:
     """The segmentation layout that a folder has, by its subfolders; None: another kind of set."""
     signs = dict(voc="JPEGImages", cityscapes="leftImg8bit", coco="train2017", folder="masks/train")
     return next((name for name, sign in signs.items() if Path(root, sign).is_dir()), None)
+
+
+def training_part(root, layout: str):
+    """ids, targets (0 with a mask, -1 without), classes, root: what `splits.make_split` takes."""
+    ids, masks = LAYOUTS[layout](Path(root))[0]["train"]
+    return ids, np.array([0 if mask else -1 for mask in masks]), MASKED, Path(root)

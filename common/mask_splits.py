@@ -9,12 +9,10 @@ import numpy as np
 
 from common import flags
 from common.data import DataSet
-from common.mask_layouts import LAYOUTS
+from common.mask_layouts import MASKED
 from common.masks import PairSet
 from common.pictures import Images
 from common.splits import Split, split_of
-
-MASKED = ["pictures with a mask"]  # as one class: what may be labelled
 
 
 def as_images(data: PairSet) -> DataSet:
@@ -33,11 +31,3 @@ def choose_split(args, data: PairSet, pool: str, percent: float) -> Split:
         return split_of("images/train and images/unlabeled", ids, images.targets, MASKED,
                         data.labeled, None, pool)
     return flags.choose_split(args, as_images(data), pool, percent)
-
-
-def listed(root, layout: str):
-    """ids, targets, classes, root of the training part, for python -m common.splits."""
-    from pathlib import Path
-
-    ids, masks = LAYOUTS[layout](Path(root))[0]["train"]
-    return ids, np.array([0 if m else -1 for m in masks]), MASKED, Path(root)

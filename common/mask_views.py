@@ -61,7 +61,8 @@ def pair_eval_loader(pairs, view, batch=1, *, with_masks=True, **how):
 def confusion(pred: Tensor, target: Tensor, num_classes: int, ignore: int = IGNORE) -> Tensor:
     """(K, K) int64, on their device: pixels of true class (row) that were given a class (column).
 
-    pred, target: ids of one shape, of any integer type. Sums over batches and processes are exact.
+    pred, target: ids 0 to K - 1 (target also ignore) of one shape and any integer type. Matrices of
+    batches and processes add up exactly.
     """
     k = num_classes
     place = target.long() * k + pred.long()

@@ -173,6 +173,8 @@ def _count_classes(root: Path, masks: list[str]) -> list[str]:
         except BadImage as error:
             raise UserError(f"{error} (--data-path)") from None
         largest = max(largest, int(values.max(where=values != IGNORE, initial=0)))
+    if not largest:
+        raise UserError(f"--data-path {root}: no mask in masks/ holds an id above 0: no classes")
     print(f"no classes.txt in {root}: the largest id in its {len(masks)} masks is {largest}, so "
           f"{largest + 1} classes; a name a line in classes.txt saves this search")
     return [str(k) for k in range(largest + 1)]

@@ -142,10 +142,10 @@ def _read_lists(files, is_id, place):
 
 def _image_folder(data):
     """ids, targets, classes, root of DIR/train/<class>/ or DIR/<class>/; ids as a run has them."""
-    from common import mask_layouts, mask_splits  # these stand on this file
+    from common import mask_layouts  # it stands on this file
 
     if layout := mask_layouts.layout_of(data):
-        return mask_splits.listed(data, layout)
+        return mask_layouts.training_part(data, layout)
     if Path(data).name == "train" and not Path(data, "train").is_dir():
         data = Path(data).parent
     part = "train/" if Path(data, "train").is_dir() else ""

@@ -197,7 +197,15 @@ def test_a_holdout_leaves_training_and_has_masks(tmp_path):
             load_pairs("folder", tmp_path / "0", holdout=wrong)
 
 
+def all_zero_without_names(root):
+    (root / "classes.txt").unlink()
+    for path in (root / "masks").rglob("*.png"):
+        mask(path, ((0, 255),))
+
+
 @pytest.mark.parametrize("name, spoil, words", [
+    ("folder", all_zero_without_names, "no mask in masks/ holds an id above 0"),
+    ("folder", lambda r: (r / "classes.txt").write_bytes(b"a\n\xff\na\n"), "classes.txt.*3 names"),
     ("folder", lambda r: shutil.rmtree(r / "masks/val"), "no folder masks/val/"),
     ("folder", lambda r: (r / "masks/train/a.png").unlink(), r"images/train/a.png.*no mask.*unlab"),
     ("folder", lambda r: (r / "masks/val/v.png").unlink(), "masks/val/ holds no picture"),
