@@ -161,8 +161,8 @@ SCRIPTS = [
     ),
     Script(
         name="s4former",
-        flags="--image-size 32 --shuffle-tile 16 --train-scenes 60 --val-scenes 21 --num-labels 20 --evals 1"
-        " --iterations pretrain=8,sup=8,semi=10 --batch-size pretrain=4,sup=8,semi=4"
+        flags="--image-size 32 --shuffle-tile 16 --train-scenes 60 --val-scenes 21 --num-labels 20"
+        " --evals 1 --iterations pretrain=8,sup=8,semi=10 --batch-size pretrain=4,sup=8,semi=4"
         " --lr pretrain=1e-3,sup=5e-2,semi=5e-3 --warmup-iterations 2 --tau semi=0.13"
         " --ema-decay semi=0.9 --workers 0 --print-every 2 --save-every 3",
         updates=dict(pretrain=8, sup=8, semi=10),

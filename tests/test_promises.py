@@ -390,7 +390,8 @@ def simclrv2_case(script, stage):
 def s4former_case(script, stage):
     """(model, batch, losses): float64, BatchNorm in eval mode, the permutations of tiles given, no
     CutMix, whose partners are a process's own; a batch row is an image."""
-    args = script.parse_args("--image-size 32 --shuffle-tile 16 --num-labels 20 --lambda-u semi=2".split())
+    flags = "--image-size 32 --shuffle-tile 16 --num-labels 20 --lambda-u semi=2"
+    args = script.parse_args(flags.split())
     s = script.derive(args, stage, 1)
     run = SimpleNamespace(device=torch.device("cpu"))
     torch.manual_seed(0)
