@@ -226,7 +226,7 @@ SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a fla
 }
 SEMI_ONLY = set("""unlabeled_ratio weak_jitter tau lambda_u ema_decay strong strong_prob shuffle
     shuffle_tile pasa pasa_alpha ncr ncr_weight pseudo unlabeled_pool ncr_branches ncr_teacher
-    pasa_conf pasa_rows pasa_mit_quirk teacher_init ema_first soft_form""".split())
+    pasa_conf pasa_rows pasa_mit_quirk teacher_init ema_first cutout_used soft_form""".split())
 NOT_PRETRAIN = set("aux_weight scale_min scale_max flip cat_max_ratio head_lr_scale".split())
 ONLY_PRETRAIN = {"alone"}
 CHOICES = dict(
@@ -342,7 +342,7 @@ DEPARTURES = {  # where, setting, recommended, paper, code (None: silent, as rec
             0.0, "code"),
     "D13": (_SEMI, "ema_first", 0, 0, 1,
             "code: before the forward; differs at the first and the last update alone"),
-    "D14": (dict(_SEMI, strong="cutout"), "strong", "cutout", "cutout", "none",
+    "D14": (dict(_SEMI, strong="cutout"), "cutout_used", 1, 1, 0,
             "Table S3's row of CutOut; in the code its result is never used"),
     "D15": (dict(_SEMI, pseudo="soft"), "soft_form", "teacher", "label", "teacher",
             "Eq. 5 as printed: hard labels, temperature 2; code: CE to the teacher's softmax"),
@@ -1372,7 +1372,7 @@ def strong_view(x, y, z_t, s, draws, other=None):
     other: image, label and logits that fill in; None: those of the next image of this process.
     draws: cut () bool, does this batch mix; boxes (N, 4) or scores (N, 256).
     """
-    if s.strong in ("none", "mixunmix", "adaptive"):
+    if s.strong in ("none", "mixunmix", "adaptive") or s.strong == "cutout" and not s.cutout_used:
         return x, y, z_t
     n, size = len(x), x.shape[-1]
     cut = draws.get("cut", torch.rand((), device=x.device) < s.strong_prob)
