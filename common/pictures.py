@@ -1,5 +1,7 @@
 """Pictures in files or in memory, read as upright 8-bit RGB; broken ones are named and counted."""
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +42,10 @@ class Images:
             return Image.fromarray(self.pixels[i]).convert("RGB")
         return open_image(self.path(i))
 
+    def check(self, i: int):
+        """Read all that there is of place i. Raises BadImage."""
+        self.pil(i)
+
     def take(self, positions) -> "Images":
         pixels = None if self.pixels is None else self.pixels[positions]
         return Images(self.ids[positions], self.targets[positions], self.root, pixels)
@@ -57,6 +63,41 @@ def open_image(path) -> Image.Image:
         raise BadImage(f"{path}: {type(error).__name__}: {error}") from None
 
 
+def pictures_at(source) -> Images:
+    """The picture, or all below a folder, that --predict names; a broken one is left out, and said.
+
+    Raises UserError where nothing is found.
+    """
+    source = Path(source)
+    found = source.rglob("*") if source.is_dir() else [source]
+    files = sorted(f for f in found if f.suffix.lower() in EXTENSIONS and f.is_file())
+    if not files:
+        raise UserError(f"--predict {source}: no picture there ({' '.join(EXTENSIONS)})")
+    readable = []
+    for file in files:
+        try:
+            open_image(file)
+            readable.append(os.fsencode(file))
+        except BadImage as error:
+            print(f"warning: left out of the predictions: {error}", file=sys.stderr)
+    if not readable:
+        raise UserError(f"--predict {source}: none of its pictures can be read")
+    return Images(np.array(readable), np.full(len(readable), -1))
+
+
+def read_or_next(read, i: int, positions: np.ndarray):
+    """(read(i), i, -1), or of the next of positions that can be read, and the i that could not."""
+    broken = -1
+    for _ in range(100):
+        try:
+            return read(i), i, broken
+        except BadImage as error:
+            broken, reason = (i if broken < 0 else broken), error
+            at = np.flatnonzero(positions == i)[0] + 1
+            i = int(positions[at % len(positions)])
+    raise UserError(f"{reason}: a hundred pictures in a row cannot be read")
+
+
 class BadImages:
     """Counts pictures that could not be read; past --max-bad-images the run ends with a path."""
 
@@ -69,7 +110,7 @@ class BadImages:
             self.seen.add(i)
             if len(self.seen) > self.allowed:
                 try:
-                    self.images.pil(i)
+                    self.images.check(i)
                     reason = f"{self.images.path(i)}: could not be read a moment ago"
                 except BadImage as error:
                     reason = str(error)

@@ -4,18 +4,16 @@ import csv
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from common.amp import available_memory
-from common.pictures import EXTENSIONS, BadImage, Images, open_image
+from common.pictures import pictures_at
 from common.splits import UserError
 from common.streams import eval_loader
 
@@ -118,29 +116,14 @@ def predict(source: str, probabilities_of, view, classes: list[str], folder: Pat
 
     probabilities_of: batch of a view -> (N, K) on the CPU. Raises UserError where nothing is found.
     """
-    source = Path(source)
-    found = source.rglob("*") if source.is_dir() else [source]
-    files = sorted(f for f in found if f.suffix.lower() in EXTENSIONS and f.is_file())
-    if not files:
-        raise UserError(f"--predict {source}: no picture there ({' '.join(EXTENSIONS)})")
-    readable = []
-    for file in files:
-        try:
-            open_image(file)
-            readable.append(file)
-        except BadImage as error:
-            print(f"warning: left out of the predictions: {error}", file=sys.stderr)
-    files = readable
-    if not files:
-        raise UserError(f"--predict {source}: none of its pictures can be read")
-    pictures = Images(np.array([os.fsencode(f) for f in files]), np.full(len(files), -1))
+    pictures = pictures_at(source)
     probabilities, shown = [], []
     for seen, _ in eval_loader(pictures, view, 250, workers=workers):
         probabilities.append(probabilities_of(seen))
         shown.append(seen[0][: max(0, 40 - sum(map(len, shown)))])
     probabilities = torch.cat(probabilities)
     csv_file, sheet = folder / "predictions.csv", folder / "predictions.png"
-    write_predictions(csv_file, [str(f) for f in files], probabilities, classes)
+    write_predictions(csv_file, list(map(os.fsdecode, pictures.ids)), probabilities, classes)
     best = zip(*(x.tolist() for x in probabilities.max(1)))
     captioned_grid(torch.cat(shown), [f"{classes[i]} {p:.2f}" for p, i in best], sheet)
     print(f"predictions: {csv_file}, {sheet}")

@@ -31,9 +31,12 @@ def sha256(lines) -> str:  # surrogateescape: a file name on a disk need not be 
 
 
 def stem(path: str) -> str:
-    """'a/x.jpg' -> 'x'. Only an image's extension is cut: '2007.v2' stays whole."""
+    """'a/x.jpg' -> 'x'. Only an image's extension is cut: '2007.v2' stays whole.
+
+    Cityscapes' 'ulm_000001_000019_leftImg8bit.png' -> 'ulm_000001_000019', as lists of ids say."""
     root, extension = os.path.splitext(path.rpartition("/")[2])
-    return root if extension.lower() in IMAGE else root + extension
+    root = root if extension.lower() in IMAGE else root + extension
+    return root.removesuffix("_leftImg8bit")
 
 
 def fingerprint(paths) -> str:
@@ -139,6 +142,10 @@ def _read_lists(files, is_id, place):
 
 def _image_folder(data):
     """ids, targets, classes, root of DIR/train/<class>/ or DIR/<class>/; ids as a run has them."""
+    from common import mask_layouts  # it stands on this file
+
+    if layout := mask_layouts.layout_of(data):
+        return mask_layouts.training_part(data, layout)
     if Path(data).name == "train" and not Path(data, "train").is_dir():
         data = Path(data).parent
     part = "train/" if Path(data, "train").is_dir() else ""

@@ -2,7 +2,7 @@
 
   python -m common.splits make  --data-path DIR (--labels P | --num-labels N) --output FOLDER
   python -m common.splits check [--data-path DIR] --labels-file LABELED [UNLABELED]
-DIR holds train/<class>/ or <class>/; the layouts of lists are in split_lists.py.
+DIR holds train/<class>/, <class>/ or a layout of mask_layouts.py; layouts of lists: split_lists.py.
 """
 
 import argparse
@@ -25,7 +25,7 @@ class Split:
     name: str              # "10% seed 0", "92 images seed 1", a published list's or the file's
     labeled: np.ndarray    # (N_l,) int64 positions in the training ids, sorted
     unlabeled: np.ndarray  # (N_u,) int64 positions, sorted: the stream of unlabelled images
-    counts: dict           # labelled images per class name; {} where images have no class
+    counts: dict           # labelled images per class name; {} where there are masks instead
     sha256: str            # of the sorted labelled ids; see `split_of` for a given unlabelled list
 
     def describe(self) -> str:
@@ -48,7 +48,7 @@ def split_of(name, ids, targets, classes, labeled, given, pool) -> Split:
     lines = sorted(ids[i] for i in labeled)
     if len(unlabeled) < len(rest):  # a list that says no more than "the rest" leaves the hash alone
         lines += ["--", *sorted(ids[i] for i in unlabeled)]
-    counts = {} if targets is None else dict(
+    counts = {} if targets is None or len(classes) < 2 else dict(
         zip(classes, np.bincount(np.asarray(targets)[labeled], minlength=len(classes)).tolist()))
     unlabeled = np.union1d(labeled, unlabeled) if pool == "all" else unlabeled
     return Split(name, labeled, unlabeled, counts, sha256(lines))
@@ -118,7 +118,7 @@ def read_split(ids, targets, classes, labeled_file, unlabeled_file=None, *, pool
         i, = found
         label = 0 if targets is None else int(targets[i])
         if file == labeled_file and label < 0:
-            raise _bad(file, n, f"{ids[i]!r} has no class", "move it into a class folder")
+            raise _bad(file, n, f"{ids[i]!r} has no class or mask", "add it, or delete the line")
         if kind == "labels" and targets is not None and label not in (extra, -1):
             raise _bad(file, n, f"label {extra}, but {ids[i]!r} is in class {label} "
                        f"({classes[label]})", "count sorted folders from 0, or delete the column")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common.pictures import BadImage, BadImages, Images
+from common.pictures import BadImages, Images, read_or_next
 from common.splits import UserError
 
 
@@ -107,17 +107,7 @@ class Views(Dataset):
 
     def __getitem__(self, key):
         pass_, place, i = key
-        broken = -1
-        for _ in range(100):
-            try:
-                picture = self.images.pil(i)
-                break
-            except BadImage:
-                broken = i if broken < 0 else broken
-                at = np.flatnonzero(self.positions == i)[0] + 1
-                i = int(self.positions[at % len(self.positions)])
-        else:
-            raise UserError(f"{self.images.path(i)}: a hundred pictures in a row cannot be read")
+        picture, i, broken = read_or_next(self.images.pil, i, self.positions)
         seed_everything(seed_of(self.seed, self.stream, pass_, place))
         return tuple(view(picture) for view in self.views), int(self.images.targets[i]), broken
 
@@ -166,30 +156,35 @@ def _loader(views: Views, batches, workers: int, pin: bool = False) -> DataLoade
                       worker_init_fn=_start_worker, generator=torch.Generator())
 
 
+def _checked(loader, bad):
+    try:
+        for seen, targets, broken in loader:
+            bad.check(broken)
+            yield seen, targets
+    except UserError as error:  # a worker's message has its traceback before it: keep the one line
+        raise UserError(str(error).rsplit("UserError: ")[-1].rstrip()) from None
+
+
 def stream_loader(
-    images, views, stream, *, start, stop, rank=0, world=1, accum=1, workers=0, pin=False, bad=None
+    images, views, stream, *, start, stop, rank=0, world=1, accum=1, workers=0, pin=False,
+    bad=None, of=Views
 ):
     """Micro-batches of steps start to stop as (views, targets), views a list of tensors.
 
-    bad: a BadImages counter; without one, the first broken picture is an error.
+    bad: a BadImages counter; without one, the first broken picture is an error. of: the dataset.
     """
     if stream.batch % (world * accum):
         what = f"batch {stream.batch} of the {stream.name} stream is not divisible by {world}"
         raise UserError(f"{what} processes x --accum-steps {accum}; change --batch-size")
-    of_stream = Views(images, views, stream.seed, stream.name, stream.positions)
+    of_stream = of(images, views, stream.seed, stream.name, stream.positions)
     loader = _loader(of_stream, _Share(stream, start, stop, rank, world, accum), workers, pin)
-    bad = bad or BadImages(images)
-    for seen, targets, broken in loader:
-        bad.check(broken)
-        yield seen, targets
+    yield from _checked(loader, bad or BadImages(images))
 
 
-def eval_loader(images, view, batch, *, rank=0, world=1, workers=0, bad=None):
+def eval_loader(images, view, batch, *, rank=0, world=1, workers=0, bad=None, of=Views):
     """(pictures, targets), every picture once over all processes, in shards of any length."""
     share = [(0, i, i) for i in range(rank, len(images), world)]
     batches = [share[i : i + batch] for i in range(0, len(share), batch)]
-    loader = _loader(Views(images, [view], 0, "eval", np.arange(len(images))), batches, workers)
-    bad = bad or BadImages(images)
-    for seen, targets, broken in loader:
-        bad.check(broken)
+    loader = _loader(of(images, [view], 0, "eval", np.arange(len(images))), batches, workers)
+    for seen, targets in _checked(loader, bad or BadImages(images)):
         yield seen[0], targets

@@ -46,7 +46,8 @@ def test_the_entry_point_is_two_lines(script):
 def test_the_first_line_names_paper_year_and_number(script):
     first = text_of(script).split("\n")[0]
     assert re.fullmatch(
-        r'"""\S.* \(.+, (NeurIPS |ECCV |CVPR |)20\d\d, arXiv:\d{4}\.\d{5}\): .+\.', first
+        r'"""\S.* \(.+, (NeurIPS |ECCV |CVPR |)20\d\d, '
+        r"(arXiv:\d{4}\.\d{5}|openaccess\.thecvf\.com)\): .+\.", first
     )
 
 
