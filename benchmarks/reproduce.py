@@ -150,7 +150,7 @@ ROWS = {
     "s4former/scenes/sup_long": (
         "S4Former on digit scenes, 30 of 1,000 labelled",
         "supervised, as many updates as both stages",
-        "s4former.py --method sup --iterations sup=1200", 3),
+        "s4former.py --method sup --iterations sup=1400", 3),
     "s4former/scenes/s4former": (
         "S4Former on digit scenes, 30 of 1,000 labelled", "S4Former",
         "s4former.py", 3),
