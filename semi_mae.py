@@ -22,7 +22,7 @@ How to run
   python semi_mae.py --data-path DIR --predict NEW         own pictures: labeled/<class>/, ...
   python semi_mae.py --dataset imagenet --dry-run          which recipe, from where, at what cost
   python semi_mae.py --method mae                          weights for semi_vit.py --init
-  torchrun --nproc-per-node 32 semi_mae.py --dataset imagenet --data-path DIR --labels 10
+  torchrun --nproc-per-node 8 semi_mae.py --dataset imagenet --data-path DIR --labels 10
 
   The paper's rows (--dataset imagenet --data-path DIR), top-1 as the paper states it
     --arch vit_small --labels 10               75.9    Tables 1, 3
@@ -34,17 +34,21 @@ on (MAE, LoMaR, Semiformer, FixMatch): D1 to D19, the table DEPARTURES below, ch
 The four that matter most: D1 labelled images are augmented strongly; D3 tau = 0.7, which its
 parents use beside lambda = 10; D4 labelled images are unlabelled ones too; D9 plain pixels as
 target. The rest, decided once:
-  E1  An epoch of sup and semi is a pass over the labelled images (Semiformer's code).
+  E1  An epoch of sup and semi is a pass over the labelled images. The warm-up epochs of Sec. 4.1
+      train on labels alone, with the whole batch labelled (both: Semiformer's code).
   E2  Positions are MAE's fixed sine-cosine table; weights start as MAE's, the head as well.
   E3  The last LayerNorm serves the head and the decoder (MAE: one module); with --pool avg it comes
       before the mean, where MAE's fine-tuning has a new one after it.
   E4  The weak view passes without stochastic depth (Semiformer's code), the branch as well (MAE).
-  E5  Where one cosine spans sup and semi (D6), AdamW's moments go on too: it is one run.
+  E5  Where one cosine spans sup and semi (D6), AdamW's moments go on too: it is one run. With
+      --stage semi --init RUN the cosine goes on as well, the moments start anew.
   E6  The decoder of stage semi starts anew, also after stage pretrain: its target differs (D9).
+      That of an --init FILE is taken where it has one of this size.
   E7  Evaluated are the last raw weights. An average (--ema-decay, D17) is only ever evaluated.
   E8  LoMaR: positions come from relative tables alone, in the classifier too, as in its own; the
       query is not scaled there (LoMaR's code; iRPE's code scales it).
   E9  vit_digits is ours: width 64, depth 4, the head reads the mean of the patches.
+  E10 No clipping of gradients, no mixup, no CutMix (Semiformer's code has none).
 With --accum-steps A the sums are split into A parts and nothing else: LayerNorm has no statistics
 of a batch. LoMaR draws its windows once a part and once a process.
 """
@@ -200,7 +204,7 @@ DEPARTURES = {  # where, setting, recommended, paper, code (None: silent, as rec
     "D4": (_SEMI, "unlabeled_pool", "all", "rest", "all",
            "Sec. 4.1: the rest; FixMatch authors and Semiformer code: all training images"),
     "D5": (dict(stage="sup", dataset="imagenet"), "epochs", 100, 100, 30,
-           "Sec. 4.1: 100 before the 600; Semiformer: 30 of its 600"),
+           "Sec. 4.1: 100, before the 600; Semiformer: 30, counted in its 600"),
     "D6": (_TRAIN, "lr_span", "run", None, "run", "Semiformer code: one cosine over both"),
     "D7": (_BIG_SEMI, "lambda_u", 10.0, 10.0, 4.0, "Sec. 4.1: 10; Semiformer scripts: 4"),
     "D8": (_TRAIN, "label_smoothing", 0.0, 0.0, 0.1,
@@ -253,9 +257,10 @@ def _untuned(batch, **branch):
 
 
 RECIPES = {  # (data set, arch, init, labels %): {stage: settings that differ from the defaults}
-    ("imagenet", "vit_small", None, 10): dict(pretrain={}, sup={}, semi={}, source="Sec. 4.1"),
+    ("imagenet", "vit_small", None, 10): dict(pretrain={}, sup={}, semi={},
+                                              source="Sec. 4.1; stage pretrain: MAE"),
     ("imagenet", None, None, None): dict(pretrain={}, sup={}, semi={},
-                                         source="Sec. 4.1, but no row of the paper"),
+                                         source="as for vit_small at 10%; no row of the paper"),
     ("digits", "vit_digits", None, None): _DIGITS,
     ("digits", None, None, None): dict(
         _SMALLER_STEPS, source="as for vit_digits, smaller steps; not tuned"),
@@ -271,7 +276,7 @@ PAPER = {  # the paper's own top-1 (data set, arch, labels %): {--mim: number}  
 
 def parse_args(argv=None):
     p = flags.Parser(prog=f"{SCRIPT}.py", description=__doc__.split("\n\n")[0],
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("what to train").add_argument
     add("--arch", choices=ARCHS,
         help="backbone; default vit_digits on digits, else vit_small [Sec. 4.1]")
@@ -329,7 +334,7 @@ def settings_of(args, stage: str) -> SimpleNamespace:
     if stage == "semi":
         layers += [(f"--method {args.method}", METHODS[args.method])]
     s = flags.resolve(SETTINGS, stage, layers, DEPARTURES, dict(dataset=args.dataset, stage=stage),
-                      args)
+                      args, NOT_READ[stage])
     if args.unlabeled_pool:
         s.unlabeled_pool, s.sources["unlabeled_pool"] = args.unlabeled_pool, "--unlabeled-pool"
     return s
@@ -340,17 +345,21 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
     s = settings_of(args, stage)
     for name, allowed in (("labeled_aug", ("strong", "weak")), ("lr_span", ("run", "stage")),
                           ("lr_each", ("step", "epoch")), ("pool", ("token", "avg")),
-                          ("lomar_pairing", ("all", "official"))):
+                          ("lomar_pairing", ("all", "official")), ("lr_shifted", (0, 1)),
+                          ("decay_tokens", (0, 1)), ("tau_strict", (0, 1)),
+                          ("norm_pix_loss", (0, 1))):
         if getattr(s, name) not in allowed:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: "
-                            f"one of {', '.join(allowed)}")
+                            f"one of {', '.join(map(str, allowed))}")
     s.batch_u = round(s.unlabeled_ratio * s.batch_size) if stage == "semi" else 0
     for name, value, least in (("epochs", s.epochs, 0), ("batch_size", s.batch_size, 1),
                                ("unlabeled_ratio", s.batch_u, int(stage == "semi"))):
         if value < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: at least {least}")
-    given, instead = ((getattr(args, name) or {}).get(stage) for name in ("lr", "lr_per_256"))
-    if s.lr is None or (instead and not given):  # MAE's rule, by the whole batch
+            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name):g}: at least {least}")
+    per_256, absolute = (getattr(args, name) or {} for name in ("lr_per_256", "lr"))
+    if stage in per_256 and stage not in absolute:
+        s.lr = None  # the flag wins over an absolute rate of the row
+    if s.lr is None:  # MAE's rule, by the whole batch
         s.lr = s.lr_per_256 * s.batch_size / 256
         s.sources["lr"] = f"{s.lr_per_256:g} x {s.batch_size} / 256"
     parts = world_size * args.accum_steps
@@ -389,6 +398,9 @@ def has_branch(args, s, stage: str) -> bool:
 
 def check_branch(mim: str, grid: int, s):
     """A branch that would hide nothing or everything, or does not fit, is refused by its flag."""
+    for name in sorted(MAE_ONLY - {"mask_ratio"} if mim == "mae" else {"lomar_window"}):
+        if getattr(s, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: at least 1")
     if mim == "mae":
         kept = int(grid**2 * (1 - s.mask_ratio))  # as in `random_masking`
         if not 0 < kept < grid**2:
@@ -826,6 +838,10 @@ def load_init(model: SemiMAE, path: str) -> str:
         first = ", ".join(str(k)[:40] for k in list(state)[:4]) if isinstance(state, dict) else "-"
         raise UserError(f"--init {path}: not one of the formats {', '.join(FORMATS)}; its first "
                         f"keys are {first}")
+    relative = any("rpe_k" in name for name in inner)
+    if relative != (model.s.mim == "lomar"):
+        raise UserError(f"--init {path}: its positions are {'relative' if relative else 'absolute'}"
+                        f"; {'add' if relative else 'leave out'} --mim lomar")
     own, new, may_miss = model.state_dict(), weights.rename(state, *FORMATS[kind]), set()
     for part in ("vit.head.", "decoder."):
         shapes = [{k: v.shape for k, v in w.items() if k.startswith(part)} for w in (own, new)]
@@ -1023,7 +1039,8 @@ def logits_of(model, seen, run) -> Tensor:
 def evaluate_branch(model, images, view, run, batch=250) -> dict[str, float]:
     """L_MAE on all images, the measure of stage pretrain; always the same draws."""
     sums = torch.zeros(2, device=run.device)
-    share = dict(rank=run.rank, world=run.world, workers=run.workers)
+    share = dict(rank=run.rank, world=run.world, workers=run.workers,
+                 bad=BadImages(images, run.max_bad_images))
     with torch.random.fork_rng(run.device_ids or []):
         torch.manual_seed(0)
         for seen, _ in eval_loader(images, view, batch, **share):
@@ -1050,7 +1067,8 @@ def reconstructions(model: SemiMAE, x: Tensor, stats: Tensor, draw=None) -> dict
     pred, target, mask, ids, image_ids = model.reconstruct(x, draw or model.draw(len(x), x.device))
     pred = undo_norm_pix(pred, target) if model.s.norm_pix_loss else pred.float()
     pixels = patchify(x.float(), p)  # (N, L, P)
-    row = torch.stack([(image_ids == i).nonzero()[0, 0] for i in range(len(x))])  # first of image i
+    of_image = image_ids == torch.arange(len(x), device=x.device)[:, None]
+    row = of_image.int().argmax(dim=1)  # the first row of each image  (N,)
     pred, mask, ids = pred[row], mask[row, :, None], ids[row, :, None].expand(-1, -1, 3 * p * p)
     grey = patchify(((0.5 - mean) / std).expand_as(x), p)
     seen = pixels.gather(1, ids)
@@ -1062,9 +1080,10 @@ def reconstructions(model: SemiMAE, x: Tensor, stats: Tensor, draw=None) -> dict
 
 
 def draw_reconstructions(model, images, view, run, title: str, count=10):
-    """reconstructions.png of the first validation pictures, always the same draws."""
-    chosen = images.take(np.arange(min(count, len(images))))
-    ((seen, _),) = eval_loader(chosen, view, count)
+    """reconstructions.png of some validation pictures of several classes, always the same draws."""
+    spread = np.linspace(0, len(images) - 1, min(count, len(images)))  # folders are sorted by class
+    chosen = images.take(spread.astype(int))
+    ((seen, _),) = eval_loader(chosen, view, count, bad=BadImages(chosen, count))
     x = to_model(*(t.to(run.device) for t in seen), run.stats)
     with torch.random.fork_rng(run.device_ids or []):
         torch.manual_seed(0)
@@ -1154,7 +1173,8 @@ def run_stage(stage, model, moments, data, split, s, args, run, resume):
                 draw = model.draw(len(x_w), run.device)
                 losses, y_hat, o = semi_step(student, x, y, x_w, x_s, s, run.precision, draw)
                 # The only use of unlabelled images' true labels, where known: two logged numbers.
-                right, sure = (y_hat == y_u) & (y_u >= 0), (o >= s.tau) & (y_u >= 0)
+                right, sure = (y_hat == y_u) & (y_u >= 0), o > s.tau if s.tau_strict else o >= s.tau
+                sure = sure & (y_u >= 0)
                 if some_known:
                     losses["pseudo_acc"] = right.sum() / (y_u >= 0).sum().clamp(min=1)
                     losses["kept_acc"] = (right & sure).sum() / sure.sum().clamp(min=1)
@@ -1241,6 +1261,8 @@ def main(args):
         raise UserError("--stage semi: needs --init RUN, a run of stage sup, or pretrained weights")
     if args.predict and stages[-1] == "pretrain":
         raise UserError("--predict: stage pretrain trains no classifier; add a stage, or leave it")
+    if args.predict and not Path(args.predict).exists():
+        raise UserError(f"--predict {args.predict}: no such picture or folder")
     pool = settings[stages[-1]].unlabeled_pool
     split = flags.choose_split(args, data, pool, 1 if args.dataset == "digits" else 10)
     if "semi" in stages and not len(split.unlabeled):
@@ -1306,7 +1328,7 @@ def main(args):
         if stage == "pretrain" and run.rank == 0:
             publish(args, model, run)
     if run.rank == 0:
-        finish(args, data, split, settings[stages[-1]], model, run)
+        finish(args, data, split, {x: settings[x] for x in stages}, model, run)
     if run.world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -1373,6 +1395,9 @@ def greet(args, split, settings, run):
     run.log.say(f"recipe {key}: {row['source']}")
     run.log.say(split.describe())
     for stage, s in settings.items():
+        if s.epochs_before == 0 and s.warmup_epochs >= s.epochs_total:
+            run.log.say(f"warning: {stage}: --warmup-epochs {s.warmup_epochs:g} of --epochs "
+                        f"{s.epochs_total}: the learning rate never reaches its peak")
         what = {"pretrain": "images", "sup": "labelled",
                 "semi": f"labelled + {s.unlabeled_ratio:g} x unlabelled"}[stage]
         run.log.say(f"{stage}: {s.epochs} epochs, batch {s.batch_size} {what} = "
@@ -1382,24 +1407,26 @@ def greet(args, split, settings, run):
     run.log.say(f"{run.folder}: {args.arch} on {run.device}, {dtype}, {run.workers} workers")
 
 
-def finish(args, data, split, s, model, run):
-    """Weights, curves, views, predictions, and the summary. s: settings of the last stage."""
+def finish(args, data, split, settings, model, run):
+    """Weights, curves, views, predictions, and the summary. settings: {stage: those it had}."""
     run.log.bar.close()
     from safetensors.torch import save_file  # timm depends on it
 
-    name, arguments = timm_arguments(model.s, len(data.classes))
+    last = list(settings)[-1]  # no loss of stage pretrain reached its head: it is not kept
+    name, arguments = timm_arguments(model.s, 0 if last == "pretrain" else len(data.classes))
     name = name if args.mim != "lomar" else None  # relative positions are not timm's
     about = dict(timm_model=name, timm_arguments=arguments, classes=data.classes, arch=args.arch,
                  image_size=run.image_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
     metadata = {"model": json.dumps(about)}  # one key: several have no fixed order in the file
-    tensors = {k: v.contiguous() for k, v in model.vit.state_dict().items()}
+    tensors = {k: v.contiguous() for k, v in model.vit.state_dict().items()
+               if last != "pretrain" or not k.startswith("head.")}
     save_file(tensors, run.folder / "model.safetensors", metadata=metadata)
     run.log.write(dict(results=run.results))
     panels = {"losses": ["loss_l", "loss_u", "loss_mae", "val_loss_mae"],
               "top-1 (%)": ["top1", "ema_top1"],
               "pseudo-labels": ["kept", "pseudo_acc", "kept_acc"], "learning rate": ["lr"]}
     report.curves(log.read_log(run.folder), run.folder / "curves.png", panels)
-    draw_views(data, split, s, args, run)
+    draw_views(data, split, settings, args, run)
 
     names = {"pretrain": f"{args.mim} (stage pretrain)", "sup": "supervised baseline (stage sup)",
              "semi": f"{args.method} (stage semi)"}
@@ -1416,7 +1443,7 @@ def finish(args, data, split, s, model, run):
     files = "reconstructions.png, " if model.decoder is not None else ""
     run.log.say(f"{run.folder}: curves.png, views.png, {files}log.jsonl, model.safetensors")
     if args.predict:
-        predict(args, model, data.classes, s, run, run.folder)
+        predict(args, model, data.classes, settings[last], run, run.folder)
     run.log.close()
 
 
@@ -1428,19 +1455,36 @@ def predict(args, model, classes, s, run, folder):
                        view, classes, folder, run.workers)
 
 
+def final_weights(folder: str) -> tuple[dict, dict]:
+    """A finished run's model.safetensors: tensors of `vit` and metadata. Raises UserError."""
+    from safetensors import safe_open
+
+    file = Path(folder) / "model.safetensors"
+    if not file.exists():
+        raise UserError(f"--eval {folder}: no model.safetensors; finish it: --resume {folder}")
+    tensors = checkpoint.read(file)
+    with safe_open(file, "pt") as opened:
+        about = json.loads((opened.metadata() or {}).get("model", "null"))
+    if about is None:
+        raise UserError(f"--eval {folder}: its model.safetensors was not written by this project")
+    return tensors, about
+
+
 def evaluate_run(args, data, run):
     """--eval RUN: the final weights on the validation set, and --predict; nothing is trained."""
     stage = [x for x in stages_of(args) if settings_of(args, x).epochs > 0][-1]
     s, mae = derive(args, stage, 1), stage == "pretrain"
-    file = Path(args.eval) / "model.safetensors"
-    if not file.exists():
-        raise UserError(f"--eval {args.eval}: no model.safetensors; finish it: "
-                        f"--resume {args.eval}")
+    tensors, about = final_weights(args.eval)
+    if mae and args.predict:
+        raise UserError("--predict: stage pretrain trained no classifier")
+    if not mae and data.classes != about["classes"]:
+        raise UserError(f"--eval {args.eval}: --data-path holds other classes than the run; "
+                        "use the run's own data")
     model = build_model(args, s, len(data.classes), stage if mae else "sup")
     if mae:
         load_init(model, str(published_files(args, Path(args.eval))[1]))
     else:
-        weights.load_exactly(model.vit, checkpoint.read(file), set(), f"--eval {args.eval}")
+        weights.load_exactly(model.vit, tensors, set(), f"--eval {args.eval}")
     view = T.Compose(view_lists(args.dataset, run.image_size, s)["evaluate"])
     r = (evaluate_branch if mae else evaluate)(model.to(run.device), data.val, view, run)
     shown = (f"validation loss {r['val_loss_mae']:.4f}" if mae
@@ -1448,26 +1492,28 @@ def evaluate_run(args, data, run):
     if run.rank == 0:
         print(f"{args.eval}: {shown} on {len(data.val)} pictures")
         if args.predict:
-            if mae:
-                raise UserError("--predict: stage pretrain trained no classifier")
             predict(args, model, data.classes, s, run, Path(args.eval))
 
 
-def draw_views(data, split, s, args, run, count=10):
-    """views.png: labelled pictures, and the same unlabelled ones weak and strong, or for MAE."""
-    lists = view_lists(args.dataset, run.image_size, s)
+def draw_views(data, split, settings, args, run, count=10):
+    """views.png: what each stage saw; the weak and strong view are of the same pictures."""
+    shown = np.random.default_rng(args.seed).permutation(split.unlabeled)
+    rows = {}
 
-    def look(names, positions):
+    def look(stage, names, positions):
+        lists = view_lists(args.dataset, run.image_size, settings[stage])
         stream = Stream(f"picture/{names[0]}", positions[:count], min(count, len(positions)),
                         args.seed)
         of_picture, bad = [T.Compose(lists[n]) for n in names], BadImages(data.train, count)
         seen, _ = next(stream_loader(data.train, of_picture, stream, start=0, stop=1, bad=bad))
-        return {n: to_model(*x, run.stats.cpu()) for n, x in zip(names, seen)}
+        rows.update({n: to_model(*x, run.stats.cpu()) for n, x in zip(names, seen)})
 
-    rows = look(["labeled"], split.labeled)
-    if len(split.unlabeled):
-        shown = np.random.default_rng(args.seed).permutation(split.unlabeled)
-        rows |= look(["mae"] if args.method == "mae" else ["weak", "strong"], shown)
+    if "pretrain" in settings:
+        look("pretrain", ["mae"], shown if len(shown) else split.labeled)
+    if settings.keys() & {"sup", "semi"}:
+        look("semi" if "semi" in settings else "sup", ["labeled"], split.labeled)
+    if "semi" in settings:
+        look("semi", ["weak", "strong"], shown)
     mean, std = run.stats.cpu() / 255.0
     pictures = {name: row * std + mean for name, row in rows.items()}
     report.contact_sheet(pictures, run.folder / "views.png", f"views of {args.dataset}")
@@ -1486,9 +1532,9 @@ def paper_args(args) -> SimpleNamespace:
 
 def paper_number(args) -> float | None:
     """The paper's own top-1 for exactly these flags; None where it has none."""
-    others = ("init", "pretrain", "image_size", "patch_size", "unlabeled_pool")
+    others = ("init", "pretrain", "image_size", "patch_size", "unlabeled_pool", "holdout")
     given = [n for n in (*SETTINGS, *others) if getattr(args, n)]
-    if given or args.method != "semi_mae" or args.stage != "all":
+    if given or args.follow != "recommended" or args.method != "semi_mae" or args.stage != "all":
         return None
     return PAPER.get((args.dataset, args.arch, percent(args)), {}).get(args.mim)
 
@@ -1497,10 +1543,14 @@ def command_of(args) -> str:
     """The command with these flags."""
     parts = [f"python {SCRIPT}.py --dataset {args.dataset} --data-path DIR"]
     parts += [f"--init {args.init}"] if args.init else []
+    parts += ["--init RUN"] if args.stage == "semi" and not args.init else []
     parts += [f"--arch {args.arch} --labels {args.labels:g}"]
     parts += [f"--method {args.method}"] if args.method != "semi_mae" else []
+    parts += [f"--stage {args.stage}"] if args.stage != "all" else []
     parts += ["--pretrain"] if args.pretrain else []
     parts += [f"--mim {args.mim}"] if args.mim != "mae" else []
+    parts += [f"--follow {args.follow}"] if args.follow != "recommended" else []
+    parts += [f"--unlabeled-pool {args.unlabeled_pool}"] if args.unlabeled_pool else []
     for name in SETTINGS:
         given = getattr(args, name) or {}
         values = {str(v) for v in given.values()}
@@ -1525,8 +1575,11 @@ def dry_run(args) -> str:
         for stage in stages_of(a):
             s = derive(a, stage, 1)
             hidden = {"sources", "micro_batch", "batch_u", "epochs_before", "epochs_total"}
-            hidden |= NOT_READ[stage] | (LOMAR_ONLY if a.mim != "lomar" else set())
-            hidden |= MAE_ONLY if a.mim != "mae" else set()
+            branch = a.mim if has_branch(a, s, stage) else "none"
+            hidden |= NOT_READ[stage] | (LOMAR_ONLY if branch != "lomar" else set())
+            hidden |= MAE_ONLY if branch != "mae" else set()
+            hidden |= {"norm_pix_loss"} if branch == "none" else set()
+            hidden |= {"mae_weight"} if a.mim == "none" else set()
             values = {k: v for k, v in vars(s).items() if k not in hidden}
             lines.append(report.settings_table(f"stage {stage}", values, s.sources))
             lines += cost_lines(a, stage, s)
@@ -1562,7 +1615,7 @@ def cost_lines(args, stage, s) -> list[str]:
     kept = costs["kept"] * (s.batch_size + s.batch_u) / args.accum_steps
     gib = [(costs["fixed"] + kept * share) / 2**30 for share in (1, 0.5)]
     updates = ""
-    if total:  # known without the data
+    if total and (stage == "pretrain" or not args.labels_file):  # known without the data
         labeled = args.num_labels or round(total * (percent(args) or 0) / 100)
         steps = max(1, (total if stage == "pretrain" else labeled) // s.batch_size)
         updates = f", {steps} updates per epoch, {steps * s.epochs:,} in all"

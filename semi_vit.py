@@ -663,6 +663,9 @@ def load_init(model: nn.Module, path: str) -> tuple[str, dict | None]:
         known, first = ", ".join(FORMATS), ", ".join(str(k)[:40] for k in list(state)[:4])
         raise UserError(f"--init {path}: not one of the formats {known}; "
                         f"its first keys are {first}")
+    if kind == "run" and "vit.cls_token" in state["model"]:
+        raise UserError(f"--init {path}: a run of semi_mae.py; give the file that it has written "
+                        "for this, mae_pretrain_*.pth")
     own, new = model.state_dict(), weights.rename(state, *FORMATS[kind])
     if "dist_token" in (state.get("model") or state) and "pos_embed" in new:  # DeiT's second token
         new["pos_embed"] = torch.cat([new["pos_embed"][:, :1], new["pos_embed"][:, 2:]], 1)
