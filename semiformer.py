@@ -22,6 +22,7 @@ How to run
 
   The paper's rows (--dataset imagenet --data-path DIR), top-1: trans head / mean of both heads
     --arch vit_conv                         - / 75.5  Table 2, recipe R1: 600 epochs
+    --arch vit_conv --mae-weight 5          - / 76.4  Semi-MAE's Table 2, in our reading (E10)
     --arch vit_conv --recipe R2          72.4 / 73.5  Table 3, 300 epochs; so all below
     --arch vit_conv --method conv_labeled   67.2 / 70.2    --arch vit --method vanilla   59.0
     --arch pit_conv                         70.8 / 71.6    --arch conv --method vanilla  68.5
@@ -48,6 +49,11 @@ with --follow. The rest, decided once:
   E8  BatchNorm normalises by one process's images (code); its running statistics are averaged over
       the processes after each update, so that all label, evaluate and save with the same ones.
   E9  The *_digits streams are ours: narrow, 4 depths, half the stem's stride, Xavier for attention.
+  E10 --mae-weight: Semi-MAE (Yu et al., 2023) adds its branch to Semiformer in one line of text, so
+      the row cannot be repeated faithfully. Ours: hidden *pixels* become 0, as the stem would leak
+      them; stem with BatchNorm's running statistics; the visible tokens through the attention
+      blocks without exchange and stochastic depth; last norm; MAE's decoder. All else as in R1,
+      also lambda = 4 where Semi-MAE has 10, and 30 epochs on labels where it has 100.
 """
 
 import argparse
@@ -181,9 +187,19 @@ SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a fla
     "ema_decay": (float, dict(sup=0.0, semi=0.0),
         "above 0: an average of the weights is kept and evaluated, never trained on "
         "[authors' code: 0.99996, unused]"),
+    "mae_weight": (float, dict(sup=0.0, semi=0.0),
+        "weight of L_MAE, in a branch that reconstructs the weak view; 0: no branch "
+        "[E10; Semi-MAE, Sec. 4.1: 5]"),
+    "mask_ratio": (float, dict(sup=0.75, semi=0.75), "share of hidden patches [MAE: 0.75]"),
+    "norm_pix_loss": (int, dict(sup=0, semi=0),
+        "1: each patch of the target has mean 0, variance 1 [MAE: 0 in its paper]"),
+    "dec_dim": (int, dict(sup=512, semi=512), "width of the branch's decoder [MAE: 512]"),
+    "dec_depth": (int, dict(sup=8, semi=8), "its blocks [MAE: 8]"),
+    "dec_heads": (int, dict(sup=16, semi=16), "its attention heads [MAE: 16]"),
 }
-SEMI_ONLY = {"unlabeled_ratio", "label_smoothing_u", "pseudo_source", "tau", "lambda_u",
-             "unlabeled_pool", "n_u"}
+BRANCH = {"mae_weight", "mask_ratio", "norm_pix_loss", "dec_dim", "dec_depth", "dec_heads"}
+SEMI_ONLY = BRANCH | {"unlabeled_ratio", "label_smoothing_u", "pseudo_source", "tau", "lambda_u",
+                      "unlabeled_pool", "n_u"}
 
 _A = "Sec. 5.1; Table 3; GPUs from the authors' scripts"
 _MAIN = dict(sup=dict(batch_size=3456),
@@ -196,7 +212,8 @@ _DIGITS = dict(  # found on 1,000 held-out training images, see docs/results.md
              drop_path=0.0, label_smoothing=0.0, reprob=0.0),
     semi=dict(epochs=120, batch_size=96, batch_group=0, lr=2e-3, warmup_epochs=5,
               schedule="each", drop_path=0.0, label_smoothing=0.0, reprob=0.0, tau=0.9,
-              lambda_u=2.0, crop_min=0.6), source="measured here")
+              lambda_u=2.0, crop_min=0.6, dec_dim=64, dec_depth=1, dec_heads=4),
+    source="measured here")
 _DIGITS_LARGE = dict(sup=dict(_DIGITS["sup"], lr=3e-4), semi=dict(_DIGITS["semi"], lr=3e-4),
                      source="as for the small ones, smaller steps; not tuned")
 _OWN = dict(  # a folder of one's own has few labels: batches for one GPU
@@ -272,6 +289,7 @@ PAPER = {  # the paper's own top-1, (trans head, mean of heads): (data set, arch
     ("imagenet", "conv_conv", *_FULL, 10, "R2"): (None, 66.9),
     ("imagenet", "vit_vit", *_FULL, 10, "R2"): (None, 59.6),
 }
+PAPER_MAE = 76.4  # Semi-MAE, Table 2: the first row with --mae-weight 5 (E10)
 
 _PAPERS = ("imagenet", "places205")
 DEPARTURES = {  # where, setting, recommended, paper, code (None: silent, as recommended), source
@@ -402,6 +420,8 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
     for name, least in dict(epochs=0, batch_size=1, unlabeled_ratio=int(stage == "semi")).items():
         if getattr(s, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: at least {least}")
+    if s.mae_weight:
+        check_branch(args, s)
     if not s.batch_group or s.batch_size % s.batch_group:
         s.batch_group = s.batch_size
     s.n_l, s.n_u = compose(s.batch_size, s.batch_group, s.unlabeled_ratio)
@@ -419,6 +439,24 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
         lengths = {x: resolve(args, x).epochs for x in STAGES}
         s.first_epoch, s.all_epochs = (stage == "semi") * lengths["sup"], sum(lengths.values())
     return s
+
+
+def check_branch(args, s):
+    """A branch that has no stream, or would hide nothing or everything, is refused by its flag."""
+    streams = ARCHS[args.arch]
+    trans = [x for x in streams if x != "timm" and STREAMS[x][0] == "attention"]
+    if len(trans) != 1 or len(STREAMS[trans[0]][4]) > 1:
+        raise UserError(f"--mae-weight {s.mae_weight:g}: --arch {args.arch} has no single stream "
+                        "whose tokens can be left out; vit_conv, vit_convmixer and vit have")
+    patches = ((args.image_size or DATASETS[args.dataset][0]) // depths_of(trans[0])[0][3]) ** 2
+    kept = int(patches * (1 - s.mask_ratio))  # as in `random_masking`
+    if not 0 < kept < patches:
+        raise UserError(f"--mask-ratio {s.mask_ratio:g}: {kept} of {patches} patches stay visible; "
+                        "at least one must, and one must be hidden")
+    if s.dec_heads < 1 or s.dec_dim < 1 or s.dec_dim % s.dec_heads or s.dec_dim % 4:
+        raise UserError(f"--dec-dim {s.dec_dim}: a multiple of 4 and of --dec-heads {s.dec_heads}")
+    if s.dec_depth < 1:
+        raise UserError(f"--dec-depth {s.dec_depth}: at least 1")
 
 
 def compose(batch: int, group: int, ratio: int) -> tuple[int, int]:
@@ -527,6 +565,89 @@ def view_lists(dataset: str, size: int, s) -> dict[str, list]:
 
 
 # ===== 3. MODEL  (paper Sec. 4, Stream fusion; Sec. 5.1, Models) ==================================
+
+
+# <shared: sincos_pos_embed>
+def sincos_pos_embed(dim: int, grid: int) -> Tensor:
+    """Fixed 2-D sine-cosine embedding, the class token's row of zeros first: (1, 1 + grid^2, dim).
+
+    First half of dim: sin, then cos of the column index; second half: of the row index; frequencies
+    10000^(-k / (dim/4)), as in MAE's code. timm's has another order.
+    """
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, dim/4)
+    axis = torch.cat([angle.sin(), angle.cos()], 1)  # (grid, dim/2)
+    table = torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], 1)  # columns, rows
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table]).unsqueeze(0).float()
+
+# </shared>
+
+
+# <shared: masked_patches>
+def patchify(x: Tensor, p: int) -> Tensor:
+    """(N, 3, H, W) -> (N, L, p * p * 3); inside a patch: row, column, channel (MAE's order)."""
+    n, c, h, w = x.shape
+    x = x.reshape(n, c, h // p, p, w // p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, p * p * c)
+
+
+def unpatchify(tokens: Tensor, p: int) -> Tensor:
+    """(N, L, p * p * 3) -> (N, 3, H, W) of a square image; undoes `patchify` exactly."""
+    n, g = len(tokens), math.isqrt(tokens.shape[1])
+    x = tokens.reshape(n, g, g, p, p, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, g * p, g * p)
+
+
+def random_masking(tokens: Tensor, mask_ratio: float, noise: Tensor):
+    """Keep the patches of smallest noise, by gather: every shape is known before the draw.
+
+    tokens (N, L, D), noise (N, L) float32 (196 draws in bf16: only about 155 different values)
+    returns visible (N, L_keep, D) in the order of the noise; mask (N, L), 1 = hidden;
+            ids_restore (N, L): where each patch stands in that order
+    """
+    length = tokens.shape[1]
+    keep = int(length * (1 - mask_ratio))  # as in MAE's code: (196, 0.75) -> 49, (10, 0.9) -> 0
+    assert keep >= 1, f"mask ratio {mask_ratio} hides all {length} patches"
+    ids_shuffle = noise.argsort(dim=1)  # (N, L)
+    ids_restore = ids_shuffle.argsort(dim=1)  # its inverse  (N, L)
+    index = ids_shuffle[:, :keep, None].expand(-1, -1, tokens.shape[2])
+    return tokens.gather(1, index), (ids_restore >= keep).float(), ids_restore
+
+
+class MAEDecoder(nn.Module):
+    """MAE's decoder: visible tokens to the pixels of all patches.  512 / 8 / 16 for ViT-S: 25.8M.
+
+    MAE has one decoder for all sizes, made for ViT-L; beside ViT-S it is the larger half of the
+    step. Width, depth, heads 256 / 8 / 8 (6.6M) saves 30% of the step's compute.
+    Parameters carry the names of MAE's published files.
+    """
+
+    def __init__(self, enc_dim: int, patch_dim: int, grid: int, dim=512, depth=8, heads=16):
+        super().__init__()
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.decoder_embed = nn.Linear(enc_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))  # one, of the decoder's width
+        self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(dim, grid), requires_grad=False)
+        blocks = (Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        self.decoder_blocks = nn.ModuleList(blocks)
+        self.decoder_norm = norm(dim)
+        self.decoder_pred = nn.Linear(dim, patch_dim)
+
+    def forward(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """latent (N, 1 + L_keep, D), ids_restore (N, L) -> predicted patches (N, L, p * p * 3)."""
+        z = self.decoder_embed(latent)  # (N, 1 + L_keep, dim)
+        n, length, dim = *ids_restore.shape, z.shape[2]
+        hidden = self.mask_token.to(z.dtype).expand(n, length + 1 - z.shape[1], dim)
+        patches = torch.cat([z[:, 1:], hidden], dim=1)  # (N, L, dim), still in the noise's order
+        patches = patches.gather(1, ids_restore[:, :, None].expand(-1, -1, dim))
+        # Positions only now that patches are back in their places; visible ones get them anew.
+        z = torch.cat([z[:, :1], patches], dim=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            z = block(z)
+        return self.decoder_pred(self.decoder_norm(z))[:, 1:]  # without the class token
+
+
+# </shared>
 
 
 def norm2d(width: int) -> nn.Module:
@@ -687,7 +808,8 @@ class Depth(nn.Module):
 class Semiformer(nn.Module):
     """One stream or two, with a head each; names as in the authors' published checkpoint.
 
-    forward: pictures (N, 3, S, S) -> logits (streams, N, K), the convolutional head first.
+    forward: pictures (N, 3, S, S) -> logits (streams, N, K), the convolutional head first; with
+    `masked` pictures and `noise` (see `reconstruct`) also pred, target and mask of the branch.
     """
 
     def __init__(self, streams, num_classes, fuse=True, drop_path=0.0, pos_embed=False,
@@ -714,9 +836,10 @@ class Semiformer(nn.Module):
             self.conv_cls_head = nn.Linear(width, num_classes)
         if trans:
             first, patch = depths_of(trans)[0][1], STREAMS[trans][2]
+            self.cell = depths_of(trans)[0][3]
             self.cls_token = nn.Parameter(torch.zeros(1, 1, first))
             if pos_embed:
-                cells = (image_size // depths_of(trans)[0][3]) ** 2
+                cells = (image_size // self.cell) ** 2
                 self.pos_embed = nn.Parameter(torch.zeros(1, cells, first))
             self.trans_patch_conv = nn.Conv2d(STEMS[stem_of][1], first, patch, patch)
             self.trans_1 = attention(trans, 0, drop_path)
@@ -737,9 +860,18 @@ class Semiformer(nn.Module):
             if p is not None:
                 nn.init.trunc_normal_(p, std=0.02)
 
-    def stem(self, image: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(image)))
+    def stem(self, image: Tensor, frozen: bool = False) -> Tensor:
+        """frozen: BatchNorm uses its running statistics and leaves them alone."""
+        x, bn = self.conv1(image), self.bn1
+        x = bn(x) if not frozen else F.batch_norm(
+            x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+        x = F.relu(x)
         return F.max_pool2d(x, 3, 2, 1) if self.max_pool else x
+
+    def tokens(self, stem: Tensor) -> Tensor:
+        """Patch tokens (N, L, D) of the stem's map."""
+        t = self.trans_patch_conv(stem).flatten(2).transpose(1, 2)
+        return t + self.pos_embed if hasattr(self, "pos_embed") else t
 
     def begin(self, image: Tensor, stem: Tensor | None):
         """Depth 1, without exchange: (x or None, t or None)."""
@@ -748,8 +880,7 @@ class Semiformer(nn.Module):
             first = self.mixer_bn(F.gelu(self.mixer_conv(image))) if self.mixer else stem
             x = self.conv_1(first)
         if hasattr(self, "trans_1"):
-            t = self.trans_patch_conv(stem).flatten(2).transpose(1, 2)
-            t = t + self.pos_embed if hasattr(self, "pos_embed") else t
+            t = self.tokens(stem)
             t = self.trans_1(torch.cat([self.cls_token.expand(len(t), -1, -1), t], 1))
         return x, t
 
@@ -761,11 +892,31 @@ class Semiformer(nn.Module):
         logits += [] if t is None else [self.trans_cls_head(self.trans_norm(t)[:, 0])]
         return torch.stack(logits)  # (S, N, K)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def reconstruct(self, image: Tensor, noise: Tensor):
+        """Hide patches of pictures (N, 3, S, S) and predict them (E10). noise (N, L): who hides.
+
+        returns pred, target (N, L, p * p * 3), mask (N, L), 1 = hidden; p: pixels of a cell.
+        """
+        target = patchify(image, self.cell)
+        _, mask, restore = random_masking(target, self.mask_ratio, noise)
+        # Zero pixels, not tokens left out alone: the stem's windows reach into the next cells.
+        seen = unpatchify(target * (1 - mask).unsqueeze(2), self.cell)
+        t = self.tokens(self.stem(seen, frozen=True))
+        t, _, _ = random_masking(t, self.mask_ratio, noise)  # the same patches  (N, L_keep, D)
+        t = torch.cat([self.cls_token.expand(len(t), -1, -1), t], 1)
+        for block in [self.trans_1, *(depth.trans_block for depth in self.depths())]:
+            t = t + block.attn(block.norm1(t))  # neither exchange nor stochastic depth
+            t = t + block.mlp(block.norm2(t))
+        return self.decoder(self.trans_norm(t), restore), target, mask
+
+    def forward(self, image: Tensor, masked: Tensor | None = None, noise: Tensor | None = None):
         x, t = self.begin(image, self.stem(image) if hasattr(self, "conv1") else None)
         for depth in self.depths():
             x, t = depth(x, t)
-        return self.heads(x, t)
+        logits = self.heads(x, t)
+        # One call for both, so that DDP sees one forward for one backward. The branch comes second:
+        # its backward needs BatchNorm's running statistics unmoved, and the stem above moves them.
+        return logits if noise is None else (logits, *self.reconstruct(masked, noise))
 
 
 class Across(nn.Module):
@@ -859,9 +1010,29 @@ def build_model(args, num_classes: int, drop_path: float = 0.0) -> nn.Module:
     return model_of(drop_path=drop_path, **model_arguments(args, num_classes))
 
 
+def add_branch(model: Semiformer, s, image_size: int) -> set[str]:
+    """Give a model the decoder of --mae-weight; returns the names of its parameters.
+
+    Only stage semi has it, and a run without the branch never: DDP would wait for gradients that do
+    not come, and AdamW would decay weights that nobody trains. Initial weights as MAE's.
+    """
+    model.mask_ratio = s.mask_ratio
+    model.decoder = MAEDecoder(model.trans_norm.normalized_shape[0], 3 * model.cell**2,
+                               image_size // model.cell, s.dec_dim, s.dec_depth, s.dec_heads)
+    for module in model.decoder.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(model.decoder.mask_token, std=0.02)
+    return {f"decoder.{name}" for name in model.decoder.state_dict()}
+
+
 def heads_of(model: nn.Module, x: Tensor) -> Tensor:
     """Logits (S, N, K) float32, also of a plain timm model."""
-    logits = model(x)
+    return as_heads(model(x))
+
+
+def as_heads(logits: Tensor) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if logits.ndim == 3 else logits.unsqueeze(0)
 
@@ -877,7 +1048,7 @@ def load_init(model: nn.Module, path: str) -> tuple[str, dict | None]:
     """Load --init FILE; returns its format and, from a run of ours, its whole checkpoint.
 
     Heads of another number of classes may be missing; exchange units of a model without exchange
-    may be left over (the authors' code keeps them). Raises UserError with the keys.
+    may be left over (the authors' code keeps them), and a decoder. Raises UserError with the keys.
     """
     state = weights.read_init(path)
     inner = state.get("model") if isinstance(state, dict) else None
@@ -889,7 +1060,8 @@ def load_init(model: nn.Module, path: str) -> tuple[str, dict | None]:
     own, new = model.state_dict(), weights.rename(state, *FORMATS[kind])
     heads = [k for k in own if re.search(r"(_cls_head|^fc)\.", k)]
     may_miss = {k for k in heads if k not in new or new[k].shape != own[k].shape}
-    unused = {k for k in new.keys() - own.keys() if re.search(r"(squeeze|expand)_block", k)}
+    unused = {k for k in new.keys() - own.keys()
+              if re.search(r"(squeeze|expand)_block|^decoder\.", k)}
     new = {k: v for k, v in new.items() if k not in may_miss | unused}
     weights.load_exactly(model, new, may_miss, f"--init {path} (format {kind})")
     return kind, state if kind == "run" and not may_miss else None
@@ -936,16 +1108,62 @@ def over_streams(losses: Tensor, how: str) -> Tensor:
     return losses.sum() if how == "sum" else losses.mean()
 
 
+# <shared: mae_loss>
+def patch_statistics(target: Tensor):
+    """Mean and deviation of each patch: (N, L, P) -> two of (N, L, 1); unbiased, as in MAE code."""
+    target = target.float()
+    return target.mean(dim=-1, keepdim=True), (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
+def mae_loss(pred: Tensor, target: Tensor, mask: Tensor, norm_pix: bool) -> Tensor:
+    """Mean squared error on the hidden patches: MAE's loss, L_MAE of Semi-MAE's Eq. 3.
+
+        L_MAE = sum(mask * mean_P((pred - target)^2)) / sum(mask)
+
+    pred, target (N, L, P), mask (N, L), 1 = hidden -> ()
+    norm_pix: each patch of the target is brought to mean 0 and variance 1 first.
+    """
+    target = target.float()
+    if norm_pix:
+        mean, std = patch_statistics(target)
+        target = (target - mean) / std
+    error = (pred.float() - target).square().mean(dim=-1)  # (N, L)
+    return (error * mask).sum() / mask.sum()  # visible patches do not count
+
+
+def undo_norm_pix(pred: Tensor, target: Tensor) -> Tensor:
+    """A normalised prediction back to pixels, by the statistics of the true patch; for pictures.
+    (Drawn as it is it looks like noise, although nothing is wrong with it.)"""
+    mean, std = patch_statistics(target)
+    return pred.float() * std + mean
+
+
+# </shared>
+
+
 # ===== 5. OPTIMISER AND SCHEDULES  (paper Sec. 5.1) ===============================================
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """No weight decay on 1-D parameters and the class token; a position embedding is decayed."""
-    groups = {0.0: [], weight_decay: []}
+    """No weight decay on 1-D parameters and tokens; a learnable position embedding is decayed."""
+    free, decayed = [], []
     for name, p in model.named_parameters():
-        free = p.ndim == 1 or name.endswith(("cls_token", ".bias"))
-        groups[0.0 if free else weight_decay].append(p)
-    return [dict(params=params, weight_decay=wd) for wd, params in groups.items() if params]
+        if p.requires_grad:  # the decoder's positions are fixed
+            one_d = p.ndim == 1 or name.endswith(("cls_token", "mask_token", ".bias"))
+            (free if one_d else decayed).append(p)
+    return [dict(params=free, weight_decay=0.0), dict(params=decayed, weight_decay=weight_decay)]
+
+
+def carry_moments(optimizer, before: dict):
+    """AdamW's moments of the stage before, a state dict; the rest stays this stage's own.
+
+    Parameters that are new (the branch's, the last of each group) start without any.
+    """
+    own = optimizer.state_dict()
+    for new, old in zip(own["param_groups"], before["param_groups"], strict=True):
+        places = dict(zip(old["params"], new["params"]))
+        own["state"] |= {places[k]: v for k, v in before["state"].items() if k in places}
+    optimizer.load_state_dict(own)
 
 
 def lr_at(epoch: int, s) -> float:
@@ -990,8 +1208,9 @@ def sup_step(student, x_l, y_l, s, precision) -> dict[str, Tensor]:
     return dict(loss=loss_l, loss_l=loss_l)
 
 
-def semi_step(student, labeler, x_l, y_l, x_u_w, x_u_s, s, precision):
-    """Fig. 3. x_l (B_l, 3, S, S), y_l (B_l,); x_u_w, x_u_s (B_u, 3, S, S): views of one image each.
+def semi_step(student, labeler, x_l, y_l, x_u_w, x_u_s, s, precision, noise=None):
+    """Fig. 3. x_l (B_l, 3, S, S), y_l (B_l,); x_u_w, x_u_s (B_u, 3, S, S): views of one image each;
+    noise (B_u, L): which patches the branch hides, None without one (E10).
 
     labeler: the same network as student, not wrapped: DDP would broadcast buffers before each
     forward. Returns losses by name, and y_hat and o (B_u,) for the log. The order is the authors':
@@ -999,8 +1218,10 @@ def semi_step(student, labeler, x_l, y_l, x_u_w, x_u_s, s, precision):
     with the weights of before the update; it never moves them itself. BatchNorm normalises by the
     labelled and strong images of one process and accumulation step together.
     """
+    branch = () if noise is None else (x_u_w, noise)
     with precision.autocast():
-        logits = heads_of(student, torch.cat([x_l, x_u_s]))  # (S, B_l + B_u, K)
+        out = student(torch.cat([x_l, x_u_s]), *branch)
+        logits = as_heads(out[0] if branch else out)  # (S, B_l + B_u, K)
     with torch.no_grad(), eval_mode(labeler), precision.autocast():
         logits_w = heads_of(labeler, x_u_w)
     o, y_hat = pseudo_labels(logits_w, s.pseudo_source)  # Eq. 2
@@ -1009,7 +1230,11 @@ def semi_step(student, labeler, x_l, y_l, x_u_w, x_u_s, s, precision):
     losses_u, kept = pseudo_label_losses(logits_s, y_hat, o, s.tau, s.label_smoothing_u)
     loss_u = over_streams(losses_u, s.stream_loss)  # Eq. 3
     loss = loss_l + s.lambda_u * loss_u  # Eq. 4
-    return dict(loss=loss, loss_l=loss_l, loss_u=loss_u, kept=kept), y_hat, o
+    losses = dict(loss=loss, loss_l=loss_l, loss_u=loss_u, kept=kept)
+    if branch:
+        losses["loss_mae"] = mae_loss(*out[1:], bool(s.norm_pix_loss))  # L_MAE
+        losses["loss"] = loss + s.mae_weight * losses["loss_mae"]  # E10
+    return losses, y_hat, o
 
 
 # ===== 7. EVALUATION  (paper Sec. 4, Inference) ===================================================
@@ -1102,6 +1327,7 @@ def run_stage(stage, model, warm, data, split, s, args, run, resume):
     model: unwrapped, with the weights to start from. warm: {optimizer, teacher} of the stage
     before, or None. resume: a checkpoint of this very stage, or None.
     """
+    of_branch = {k for k in model.state_dict() if k.startswith("decoder.")}
     # an epoch is a pass over the labelled images; the unlabelled ones start again with each  (E7)
     steps_per_epoch = updates_per_epoch(len(split.labeled), s)
     labeled = Stream(f"{stage}/labeled", split.labeled, s.n_l, args.seed,
@@ -1117,9 +1343,9 @@ def run_stage(stage, model, warm, data, split, s, args, run, resume):
     groups = parameter_groups(model, s.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
     if warm and s.schedule == "one":  # one training, whose second part has more images
-        optimizer.load_state_dict(warm["optimizer"])
+        carry_moments(optimizer, warm["optimizer"])
         if teacher is not None and warm["teacher"] is not None:
-            teacher.module.load_state_dict(warm["teacher"])
+            weights.load_exactly(teacher.module, warm["teacher"], of_branch, "the stage before")
     run.precision.reset()
     start, seconds_before, unprinted = 0, 0.0, []
     if resume:
@@ -1176,9 +1402,13 @@ def run_stage(stage, model, warm, data, split, s, args, run, resume):
             else:
                 (seen_l,), y_l, (seen_w, seen_s), y_u = batch
                 y_l, y_u = (y.to(run.device, non_blocking=True) for y in (y_l, y_u))
+                noise = None
+                if of_branch:
+                    noise = torch.rand(len(y_u), (run.image_size // model.cell) ** 2,
+                                       device=run.device)
                 losses, y_hat, o = semi_step(
                     student, model, images(seen_l), y_l, images(seen_w), images(seen_s), s,
-                    run.precision)
+                    run.precision, noise)
                 # The only use of unlabelled images' true labels, where known: two logged numbers.
                 right, sure = (y_hat == y_u) & (y_u >= 0), (o >= s.tau) & (y_u >= 0)
                 if some_known:
@@ -1277,7 +1507,8 @@ def main(args):
     if "semi" in stages and not len(split.unlabeled):
         raise UserError("--labels: no image is left unlabelled; lower it, or --unlabeled-pool all")
     run.recipe = flags.mathematics(args, split.sha256, {x: settings[x] for x in stages})
-    run.recipe = {k: v for k, v in run.recipe.items() if k not in ("attention", "compare")}
+    if not any(s.mae_weight for s in settings.values()):  # what is not run decides no number
+        run.recipe = {k: v for k, v in run.recipe.items() if k.split(".")[-1] not in BRANCH}
 
     # A new run, or one that goes on
     state = None
@@ -1299,10 +1530,10 @@ def main(args):
     # The model; what can be refused is refused before a folder is made
     torch.manual_seed(seed_of(args.seed, "model"))  # the same weights on every process
     model = build_model(args, len(data.classes))
-    costs = report.cost(on_meta(args, len(data.classes)), run.image_size)
-    largest = max(settings[x].micro_batch for x in stages)
     halved = run.precision.dtype != torch.float32
-    report.refuse_too_large(costs, largest, halved, run.device, args.accum_steps)
+    for s in (settings[x] for x in stages):
+        costs = cost(args, s, len(data.classes), run.image_size)
+        report.refuse_too_large(costs, s.micro_batch, halved, run.device, args.accum_steps)
     warm = start = None
     if args.init and state is None:
         kind, before = load_init(model, args.init)
@@ -1326,13 +1557,14 @@ def main(args):
     for stage in stages:
         if state and STAGES.index(stage) < STAGES.index(state["stage"]):
             continue
-        weights_now = model.state_dict()
-        drop_path = settings[stage].drop_path
-        model = build_model(args, len(data.classes), drop_path)
+        s, weights_now = settings[stage], model.state_dict()
+        model = build_model(args, len(data.classes), s.drop_path)
+        torch.manual_seed(seed_of(args.seed, "decoder"))
+        new = add_branch(model, s, run.image_size) if s.mae_weight else set()
+        weights.load_exactly(model, weights_now, new, "the stage before")
         model = model.to(run.device, memory_format=run.layout)
-        model.load_state_dict(weights_now)
         resume = state if state and state["stage"] == stage else None
-        warm = run_stage(stage, model, warm, data, split, settings[stage], args, run, resume)
+        warm = run_stage(stage, model, warm, data, split, s, args, run, resume)
     if run.rank == 0:
         finish(args, data, split, settings[stages[-1]], model, run)
     if run.world > 1:
@@ -1403,16 +1635,19 @@ def finish(args, data, split, s, model, run):
     about = dict(arguments=model_arguments(args, len(data.classes)), classes=data.classes,
                  image_size=run.image_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
     metadata = {"model": json.dumps(about)}  # one key: several have no fixed order in the file
-    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+    tensors = {k: v.contiguous() for k, v in model.state_dict().items()
+               if not k.startswith("decoder.")}  # it predicts nothing that anyone asks for
     save_file(tensors, run.folder / "model.safetensors", metadata=metadata)
     run.log.write(dict(results=run.results))
-    panels = {"losses": ["loss", "loss_l", "loss_u"],
+    panels = {"losses": ["loss", "loss_l", "loss_u", "loss_mae"],
               "top-1 (%)": ["top1", "top1_conv", "top1_trans", "top1_first", "top1_second"],
               "pseudo-labels": ["kept", "pseudo_acc", "kept_acc"], "learning rate": ["lr"]}
     report.curves(log.read_log(run.folder), run.folder / "curves.png", panels)
     draw_views(data, split, s, args, run)
     pictures = args.attention or data.val
     drawn = draw_attention({"": model}, pictures, s, args, run, run.folder)
+    if s.mae_weight:
+        draw_reconstructions(model, data.val, s, args, run)
 
     names = {"sup": "supervised baseline (stage sup)", "semi": f"{args.method} (stage semi)"}
     run.log.say("")
@@ -1423,8 +1658,8 @@ def finish(args, data, split, s, model, run):
         gain = run.results["semi"]["top1"] - run.results["sup"]["top1"]
         run.log.say(f"{'gain':<33}       {gain:+6.2f}")
     run.log.say(report.band(Path(__file__).parent / "docs" / "bands.json", run.recipe))
-    run.log.say(f"{run.folder}: curves.png, views.png, {'attention.png, ' * drawn}log.jsonl, "
-                "model.safetensors")
+    files = "attention.png, " * drawn + "reconstructions.png, " * bool(s.mae_weight)
+    run.log.say(f"{run.folder}: curves.png, views.png, {files}log.jsonl, model.safetensors")
     if args.predict:
         predict(args, model, data.classes, s, run, run.folder)
     run.log.close()
@@ -1546,6 +1781,25 @@ def draw_attention(models, source, s, args, run, folder, count=8) -> bool:
     return len(rows) > 1
 
 
+@torch.no_grad()
+def draw_reconstructions(model, images, s, args, run, count=10):
+    """reconstructions.png: original, hidden in grey, hidden patches as predicted; fixed draws."""
+    view = T.Compose(view_lists(args.dataset, run.image_size, s)["evaluate"])
+    ((seen, _),) = eval_loader(images.take(np.arange(min(count, len(images)))), view, count)
+    x = to_model(*(t.to(run.device) for t in seen), run.stats)
+    draws = torch.Generator().manual_seed(0)
+    noise = torch.rand(len(x), (run.image_size // model.cell) ** 2, generator=draws)
+    pred, target, mask = model.reconstruct(x, noise.to(run.device))
+    pred = undo_norm_pix(pred, target) if s.norm_pix_loss else pred
+    mean, std = run.stats / 255.0
+    grey = patchify(((0.5 - mean) / std).expand_as(x), model.cell)
+    hidden = mask.unsqueeze(2) > 0
+    rows = {"original": target, "masked": torch.where(hidden, grey, target),
+            "reconstructed": torch.where(hidden, pred, target)}
+    rows = {k: (unpatchify(v, model.cell) * std + mean).clamp(0, 1) for k, v in rows.items()}
+    report.contact_sheet(rows, run.folder / "reconstructions.png", "hidden patches (E10)")
+
+
 # The paper's rows: what --dry-run prints, and the first line of a run on digits
 
 
@@ -1564,7 +1818,8 @@ def paper_args(args) -> SimpleNamespace:
 
 def paper_number(args) -> str | None:
     """The paper's own top-1 for exactly these flags, as text; None where it has none."""
-    given = {n for n in SETTINGS if getattr(args, n)} - {"pseudo_source"}
+    branch = (args.mae_weight or {}).get("semi", 0.0)
+    given = {n for n in SETTINGS if getattr(args, n)} - {"pseudo_source", "mae_weight"}
     others = args.pos_embed or args.image_size or args.unlabeled_pool or args.init
     if given or others or args.follow != "recommended":
         return None
@@ -1579,6 +1834,9 @@ def paper_number(args) -> str | None:
     if args.labels_file:
         labels = recipe(args)[0][3]
     found = PAPER.get((args.dataset, args.arch, method, source, labels, recipe_name(args)))
+    if branch and method != "sup":
+        first = found == PAPER["imagenet", "vit_conv", *_FULL, 10, "R1"]
+        return f"{PAPER_MAE} top-1 (Semi-MAE's, E10)" if first and branch == 5.0 else None
     if found is None:
         return None
     of_trans, both = found
@@ -1623,6 +1881,7 @@ def dry_run(args) -> str:
         for stage in stages:
             s = derive(a, stage, 1)
             hidden = {"sources", "micro_batch"} | (SEMI_ONLY if stage == "sup" else set())
+            hidden |= set() if s.mae_weight else BRANCH - {"mae_weight"}
             s.sources |= dict.fromkeys(("n_l", "n_u"), "batch_size, batch_group, unlabeled_ratio")
             s.sources |= dict.fromkeys(("first_epoch", "all_epochs"), "epochs of both stages")
             values = {k: v for k, v in vars(s).items() if k not in hidden}
@@ -1631,17 +1890,32 @@ def dry_run(args) -> str:
     return "\n".join(lines)
 
 
+def cost(args, s, num_classes: int, size: int) -> dict[str, float]:
+    """What an update costs: flops; fixed; kept, the mean over the images of its batch."""
+    model = on_meta(args, num_classes, s.drop_path)
+    costs = report.cost(model, size)
+    flops = costs["flops"] * (3 * s.n_l + 4 * s.n_u)  # backward costs two forwards; weak view one
+    if s.mae_weight:
+        with torch.device("meta"):
+            add_branch(model, s, size)
+        noise = torch.empty(2, (size // model.cell) ** 2, device="meta")
+        model.forward = lambda x: model.reconstruct(x, noise)
+        whole, costs = costs, report.cost(model, size)
+        flops += 3 * s.n_u * costs["flops"]
+        costs["kept"] = whole["kept"] + costs["kept"] * s.n_u / (s.n_l + s.n_u)
+    return dict(costs, flops=flops)
+
+
 def cost_lines(args, stage, s) -> list[str]:
     """Parameters, images, updates, arithmetic and memory of a stage, on one process."""
     size, classes, total = DATASETS[args.dataset]
     model = on_meta(args, classes or 1000, s.drop_path)
-    costs = report.cost(model, args.image_size or size)
+    costs = cost(args, s, classes or 1000, args.image_size or size)
     count = sum(p.numel() for p in model.parameters())
     of_heads = sum(p.numel() for n, p in model.named_parameters()
                    if re.search(r"(_cls_head|^fc)\.", n))
     n_l, n_u = s.n_l, s.n_u if stage == "semi" else 0
-    flops = costs["flops"] * (3 * (n_l + n_u) + n_u)  # backward costs two forwards; weak view one
-    kept = costs["kept"] * (n_l + n_u) / args.accum_steps
+    flops, kept = costs["flops"], costs["kept"] * (n_l + n_u) / args.accum_steps
     gib = [(costs["fixed"] + kept * share) / 2**30 for share in (1, 0.5)]
     updates = ""
     if total and not args.labels_file:  # known without the data
@@ -1650,7 +1924,13 @@ def cost_lines(args, stage, s) -> list[str]:
                             round(total * (percent(args) or 0) / 100))
         steps = updates_per_epoch(args.num_labels or labeled, s)
         updates = f", {steps} updates per epoch, {steps * s.epochs:,} in all"
-    return [f"  parameters {count:,}, without classifiers {count - of_heads:,}",
+    decoder = ""
+    if s.mae_weight:
+        with torch.device("meta"):
+            add_branch(model, s, args.image_size or size)
+        extra = sum(p.numel() for p in model.decoder.parameters() if p.requires_grad)
+        decoder = f"; of the branch's decoder {extra:,}"
+    return [f"  parameters {count:,}, without classifiers {count - of_heads:,}{decoder}",
             f"  per update {n_l} labelled + {n_u} unlabelled images{updates}",
             f"  per update {flops / 1e12:.4g} TFLOP; memory about {gib[0]:.1f} GiB in float32, "
             f"{gib[1]:.1f} GiB in 16 bit"]

@@ -1,6 +1,8 @@
 """semiformer.py: the authors' numbers, equations by hand, counts, recipes, the dry runs."""
 
 import math
+import re
+import signal
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -474,6 +476,124 @@ def test_a_frozen_batch_norm_keeps_its_statistics(tmp_path):
     assert all(v.eq(float("running_var" in k)).all() for k, v in state.items() if "running_" in k)
 
 
+# ===== the branch of --mae-weight (E10) ===========================================================
+
+BRANCH = "--mae-weight 0.5 --dec-dim 32 --dec-depth 1 --dec-heads 4"
+
+
+def with_branch(streams=PAIR, **how):
+    model = small(streams, **how)
+    torch.manual_seed(1)
+    S.add_branch(model, settings(BRANCH), 32)
+    return model
+
+
+def test_the_branch_hides_three_quarters_and_aims_at_the_pixels():
+    x, noise = torch.rand(3, 3, 32, 32), torch.rand(3, 16)
+    model, seen = with_branch(), []
+    model.trans_norm.register_forward_hook(lambda m, i, o: seen.append(i[0].shape))
+    pred, target, mask = model.reconstruct(x, noise)
+    assert seen == [(3, 5, 64)]  # class token and 4 of 16: no hidden patch enters the blocks
+    assert pred.shape == target.shape == (3, 16, 8 * 8 * 3)
+    assert torch.equal(S.unpatchify(target, 8), x)
+    order = noise.argsort(1)
+    assert not mask.gather(1, order[:, :4]).any() and mask.gather(1, order[:, 4:]).all()
+
+
+@pytest.mark.parametrize("streams", [PAIR, ("vit_digits",), ("convmixer_digits", "vit_digits")])
+def test_nothing_of_the_hidden_pixels_reaches_the_prediction(streams):
+    """The stem's windows are wider than its stride: leaving tokens out would not be enough."""
+    model, noise = with_branch(streams).eval(), torch.rand(2, 16)
+    x = torch.rand(2, 3, 32, 32)
+    pred, target, mask = model.reconstruct(x, noise)
+    hidden = mask.unsqueeze(2).bool()
+    other = S.unpatchify(torch.where(hidden, torch.rand_like(target), target), 8)
+    assert torch.equal(model.reconstruct(other, noise)[0], pred)
+    other = S.unpatchify(torch.where(hidden, target, target + 0.1), 8)
+    assert not torch.equal(model.reconstruct(other, noise)[0], pred)
+
+
+def test_the_branch_has_running_statistics_and_no_stochastic_depth():
+    x, noise = torch.rand(4, 3, 32, 32), torch.rand(4, 16)
+    model = with_branch(drop_path=0.9).train()
+    with torch.no_grad():
+        model(torch.rand(4, 3, 32, 32) + 0.3)  # statistics that are neither 0, 1 nor the batch's
+        before = {k: v.clone() for k, v in model.named_buffers()}
+        found = model.reconstruct(x, noise)[0]
+        assert all(torch.equal(v, before[k]) for k, v in model.named_buffers())
+        torch.testing.assert_close(found, model.eval().reconstruct(x, noise)[0])
+
+
+def test_who_learns_from_the_branch():
+    """Not heads, convolutional stream and exchange; DDP finds all else used as well."""
+    model = with_branch()
+    x = torch.rand(2, 3, 32, 32)
+    S.mae_loss(*model.reconstruct(x, torch.rand(2, 16)), False).backward()
+    with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
+    ours = re.compile(r"conv1|bn1|cls_token|trans_(patch_conv|1|norm)|decoder(?!.decoder_pos)"
+                      r"|conv_trans_\d+\.trans_block")
+    assert with_gradient == {n for n, _ in model.named_parameters() if ours.match(n)}
+    out = model(x, x, torch.rand(2, 16))
+    (out[0].sum() + S.mae_loss(*out[1:], False)).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == [
+        "decoder.decoder_pos_embed"]
+
+
+def test_a_step_with_the_branch_adds_its_loss_and_changes_no_other():
+    x_l, x_s, x_w = torch.rand(4, 3, 32, 32), torch.rand(12, 3, 32, 32), torch.rand(12, 3, 32, 32)
+    s, y, noise = settings(f"{BRANCH} --tau semi=0"), torch.arange(4), torch.rand(12, 16)
+    without, y_hat, o = S.semi_step(*2 * [small().train()], x_l, y, x_w, x_s, s, FP32)
+    model = with_branch().train()
+    found, *labels = S.semi_step(model, model, x_l, y, x_w, x_s, s, FP32, noise)
+    assert torch.equal(labels[0], y_hat) and torch.equal(labels[1], o)
+    for name in ("loss_l", "loss_u", "kept"):
+        assert torch.equal(found[name], without[name]), name
+    assert torch.equal(found["loss"], without["loss"] + 0.5 * found["loss_mae"])
+    again = with_branch().train()
+    again(torch.cat([x_l, x_s]))  # the weak view is what is reconstructed, and nothing else
+    assert torch.equal(found["loss_mae"], S.mae_loss(*again.reconstruct(x_w, noise), False))
+    assert "loss_mae" not in without and "decoder" not in "".join(small().state_dict())
+
+
+def test_the_branch_learns_on_one_batch():
+    torch.manual_seed(0)
+    model, s = with_branch().train(), settings(f"{BRANCH} --drop-path 0")
+    optimizer = torch.optim.AdamW(S.parameter_groups(model, 0.05), lr=1e-3)
+    x, y, noise = torch.rand(8, 3, 32, 32), torch.arange(2), torch.rand(6, 16)
+    found = []
+    for _ in range(8):
+        losses, _, _ = S.semi_step(model, model, x[:2], y, x[2:], x[2:].flip(-1), s, FP32, noise)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        found.append(losses["loss_mae"].item())
+    assert found[-1] < 0.7 * found[0]
+
+
+def test_parameters_of_the_branch_are_in_one_group_each():
+    model = with_branch()
+    free, decayed = S.parameter_groups(model, 0.05)
+    names = {p: n for n, p in model.named_parameters()}
+    of_free, of_decayed = ({names[p] for p in g["params"]} for g in (free, decayed))
+    assert not of_free & of_decayed
+    assert of_free | of_decayed == set(names.values()) - {"decoder.decoder_pos_embed"}
+    assert {"decoder.mask_token", "cls_token"} <= of_free
+    assert "decoder.decoder_pred.weight" in of_decayed
+    assert (free["weight_decay"], decayed["weight_decay"]) == (0, 0.05)
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--arch pit_conv_digits", "no single stream"), ("--arch vit_vit_digits", "no single stream"),
+    ("--arch conv_digits", "no single stream"), ("--arch resnet50", "no single stream"),
+    ("--mask-ratio 0.95", "0 of 16 patches stay"), ("--mask-ratio 0", "16 of 16 patches stay"),
+    ("--dec-heads 5", "--dec-dim 64"), ("--dec-depth 0", "--dec-depth 0"),
+])
+def test_a_branch_that_does_not_fit_is_refused_by_its_flag(flags, said):
+    with pytest.raises(UserError, match=said):
+        S.derive(parse(f"--mae-weight 1 {flags}"), "semi", 1)
+    S.derive(parse(flags), "semi", 1)  # without the branch nobody asks
+
+
 # ===== schedule, batches, recipes =================================================================
 
 
@@ -713,6 +833,34 @@ def test_the_hyper_parameter_study_has_dry_runs_without_numbers(flags, no_costs)
     assert "the paper's own result" not in text and "444 updates" in text or "ratio" in flags
 
 
+def test_semi_maes_row_has_a_dry_run(no_costs):
+    """Semi-MAE's Table 2; its number stands beside R1 and weight 5 alone."""
+    text = S.dry_run(imagenet("--arch vit_conv --mae-weight 5"))
+    assert text.count("the paper's own result: 76.4 top-1 (Semi-MAE's, E10)") == 2
+    assert "75.5" not in text.replace("authors' script of the 75.5", "")
+    assert "decoder 25,811,712" in text and "308 updates per epoch, 175,560 in all" in text
+    semi = text.split("stage semi")[1]
+    for name, value in (("mae_weight", "5.0"), ("mask_ratio", "0.75"), ("dec_dim", "512"),
+                        ("dec_depth", "8"), ("dec_heads", "16"), ("lambda_u", "4.0")):
+        assert re.search(rf"\n  {name} +{value} ", semi), name
+    assert "dec_dim" not in S.dry_run(imagenet("--arch vit_conv"))
+    for other in ("--mae-weight 4", "--mae-weight 5 --recipe R2", "--mae-weight 5 --labels 5",
+                  "--mae-weight 5 --arch vit", "--mae-weight 5 --tau 0.8"):
+        assert S.paper_number(imagenet(other)) is None, other
+
+
+def test_the_cost_of_the_branch():
+    """Three passes over encoder and decoder of each unlabelled picture, at 50 of 197 tokens."""
+    args = imagenet("--arch vit_conv --mae-weight 5")
+    s = S.derive(args, "semi", 1)
+    with_it = S.cost(args, s, 1000, 224)["flops"]
+    s.mae_weight = 0.0
+    branch = (with_it - S.cost(args, s, 1000, 224)["flops"]) / (3 * s.n_u)
+    # blocks on 50 tokens as in Semi-MAE's ViT-S and its decoder; stem and patches are of here
+    encoder, decoder, stem, patches = 1.143e9 - 58e6, 5.363e9, 118e6, 77e6
+    assert branch / 2 == pytest.approx(encoder + decoder + stem + patches, rel=0.01)
+
+
 def test_the_dry_run_shows_two_blocks_and_counts():
     text = S.dry_run(parse(""))
     assert text.count("== ") == 2 and "== this run: digits" in text
@@ -822,3 +970,82 @@ def test_two_processes_hold_the_same_weights_and_statistics(tiny, tmp_path):
     for more in (["--stop-after", "9"], ["--resume", "auto"]):
         world(run_script, 2 * [("semiformer", argv + more)], tmp_path / "b")
     assert_same_run(only_run(tmp_path / "a"), only_run(tmp_path / "b"))
+
+
+# ===== runs with the branch =======================================================================
+
+
+def branch_argv(tiny, more=""):
+    from conftest import SCRIPTS
+
+    return next(x for x in SCRIPTS if x.name == "semiformer").argv(tiny, f"{BRANCH} {more}")
+
+
+def test_a_run_with_the_branch_and_its_end(tmp_path, tiny, capsys):
+    """Decoder in stage semi alone and not among the final weights; moments of AdamW go on."""
+    folder = tmp_path / "run"
+    S.main(S.parse_args(branch_argv(tiny, f"--output {folder} --weight-decay sup=0.1,semi=0.2")))
+    assert "reconstructions.png" in capsys.readouterr().out
+    assert (folder / "reconstructions.png").stat().st_size > 1000
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    free, decayed = state["optimizer"]["param_groups"]
+    assert (free["weight_decay"], decayed["weight_decay"]) == (0, 0.2)  # of this stage
+    steps = {k: int(v["step"]) for k, v in state["optimizer"]["state"].items()}
+    bare = [len(g["params"]) for g in S.parameter_groups(small(), 0.05)]
+    for group, old in zip((free, decayed), bare, strict=True):
+        assert {steps[k] for k in group["params"][:old]} == {18}  # 8 of stage sup and 10 of semi
+        assert {steps[k] for k in group["params"][old:]} == {10}
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    assert not any("loss_mae" in line for line in lines if '"stage": "sup"' in line)
+    assert any("loss_mae" in line for line in lines if '"stage": "semi"' in line)
+    assert S.load_final(str(folder))[0].state_dict().keys() == small().state_dict().keys()
+    S.main(parse(f"--eval {folder}"))
+    model = small()
+    assert S.load_init(model, str(folder))[0] == "run" and not hasattr(model, "decoder")
+    assert all(torch.equal(v, state["model"][k]) for k, v in model.state_dict().items())
+
+
+def killed(script, n):
+    from test_promises import send
+
+    send(script, n, signal.SIGKILL)
+
+
+def test_a_killed_run_with_the_branch_goes_on_bitwise(tiny, tmp_path):
+    from conftest import assert_same_run, ends, numbers, only_run
+
+    argv = branch_argv(tiny, "--ema-decay semi=0.9")
+    ends("semiformer", argv, tmp_path / "a")
+    ends("semiformer", argv, tmp_path / "b", -signal.SIGKILL, killed, (8 + 5,))
+    ends("semiformer", [*argv, "--resume", "auto"], tmp_path / "b")
+    assert_same_run(only_run(tmp_path / "a"), only_run(tmp_path / "b"))
+    losses = [x["loss_mae"] for x in numbers(only_run(tmp_path / "a")) if "loss_mae" in x]
+    assert len(losses) == 5 and len(set(losses)) == 5
+
+
+def test_two_processes_train_the_branch_alike(tiny, tmp_path):
+    """The decoder is new in stage semi, with another wrap by DDP: no process waits for another."""
+    from conftest import run_script, world
+
+    argv = branch_argv(tiny, "--accum-steps 2")
+    arguments = 2 * [("semiformer", argv, keep_each_rank, (str(tmp_path),))]
+    world(run_script, arguments, tmp_path / "a")
+    first, last = (torch.load(tmp_path / f"semi{k}-rank0.pt", weights_only=True) for k in (3, 10))
+    for k, v in torch.load(tmp_path / "semi10-rank1.pt", weights_only=True).items():
+        assert torch.equal(v, last[k]), k
+    moved = {k for k in last if k.startswith("decoder.") and not torch.equal(last[k], first[k])}
+    assert moved == {k for k in last if k.startswith("decoder.")} - {"decoder.decoder_pos_embed"}
+
+
+def test_a_run_without_the_branch_is_named_as_before_there_was_one(tmp_path, tiny):
+    """Its settings decide no number then: bands and earlier runs keep their settings."""
+    flags = f"--data-path {tiny} {SHORT} --stop-after 1"
+    with pytest.raises(SystemExit):
+        S.main(parse(f"{flags} --output {tmp_path / 'run'}"))
+    recipe = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["recipe"]
+    assert not [k for k in recipe if k.split(".")[-1] in S.BRANCH]
+    assert "semi.tau" in recipe
+    with pytest.raises(SystemExit):
+        S.main(parse(f"{flags} --mae-weight 1 --output {tmp_path / 'other'}"))
+    recipe = torch.load(tmp_path / "other" / "checkpoint.pt", weights_only=True)["recipe"]
+    assert {f"semi.{name}" for name in S.BRANCH} <= recipe.keys()
