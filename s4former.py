@@ -243,7 +243,7 @@ _DIGITS = dict(  # found on scenes of held-out training digits, see docs/results
     pretrain=dict(iterations=2000, alone=0.5, batch_size=16, optimizer="adamw", lr=1.5e-3,
                   weight_decay=0.05, min_lr=2e-5, warmup_iterations=50),
     sup=dict(iterations=600, lr=0.02),
-    semi=dict(iterations=600, lr=0.02, tau=0.7, ema_decay=0.99, shuffle_tile=32, weak_jitter=0))
+    semi=dict(iterations=800, lr=0.02, tau=0.7, ema_decay=0.99, shuffle_tile=32, weak_jitter=0))
 for _stage in ("sup", "semi"):
     _DIGITS[_stage] |= dict(min_lr=1e-4, warmup_iterations=50, scale_min=0.85, scale_max=1.25,
                             flip=0.0, cat_max_ratio=1.0)

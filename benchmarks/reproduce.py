@@ -18,6 +18,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from common.report import recipe_hash  # noqa: E402
 # name: (table, what, command, seeds); --seed and --split-seed vary together. A list of commands:
 # all but the last prepare it, and {pretrain} stands for the folder of the first one's run. A fifth
 # entry: the stages that the row is about, the last of them its result; rows with one command share
-# its runs.
+# its runs, and so do rows that are prepared by the same commands.
 ROWS = {
     "semi_vit/digits/sup": (
         "Semi-ViT on the digits, 80 labels", "supervised, the stage that all start from",
@@ -128,6 +130,66 @@ ROWS = {
 }
 
 
+def _scenes(rows):
+    """Rows of S4Former, all from the supervised run of their seed: {name: (what, flags, seeds)}."""
+    first = "s4former.py --method sup"
+    semi = "s4former.py --stage semi --init {pretrain} --iterations 270 "
+    return {f"s4former/scenes/{name}": ("S4Former on the digit scenes, 30 labels, a third of the "
+                                        "updates", what, [first, (semi + flags).strip()], seeds)
+            for name, (what, flags, seeds) in rows.items()}
+
+
+ROWS |= {
+    "s4former/digits/sup": (
+        "S4Former on the digit scenes, 30 labels", "supervised, the stage that all start from",
+        "s4former.py --method sup", 3),
+    "s4former/digits/sup_long": (
+        "S4Former on the digit scenes, 30 labels", "supervised, as many updates as both stages",
+        "s4former.py --method sup --iterations pretrain=2000,sup=1400", 3),
+    "s4former/digits/base": (
+        "S4Former on the digit scenes, 30 labels", "S4Former-Base (mean teacher, CutMix)",
+        "s4former.py --method base", 3),
+    "s4former/digits/s4former": (
+        "S4Former on the digit scenes, 30 labels", "S4Former", "s4former.py", 3),
+} | _scenes({
+    "mean_teacher": ("Table S3: mean teacher", "--method mean_teacher", 3),
+    "base": ("Table S2: Base, Table S3: CutMix", "--method base", 3),
+    "shuffle": ("Table S2: PatchShuffle", "--method base --shuffle 0.5", 3),
+    "pasa": ("Table S2: PASA", "--method base --pasa ours", 3),
+    "ncr": ("Table S2: NCR", "--method base --ncr ncr", 3),
+    "s4former": ("Table S2: all three", "", 3),
+    "shuffle_pasa": ("Table S2: PatchShuffle, PASA", "--ncr off", 1),
+    "pasa_ncr": ("Table S2: PASA, NCR", "--shuffle 0", 1),
+    "shuffle_ncr": ("Table S2: PatchShuffle, NCR", "--pasa off", 1),
+    "cutout": ("Table S3: CutOut", "--method mean_teacher --strong cutout", 1),
+    "mixunmix": ("Table S3: Mix/UnMix", "--method mean_teacher --strong mixunmix", 1),
+    "classmix": ("Table S3: ClassMix", "--method mean_teacher --strong classmix", 1),
+    "shuffle_alone": ("Table S3: PatchShuffle", "--method mean_teacher --shuffle 0.5", 1),
+    "shuffle_mixunmix": ("Table S3: PatchShuffle w Mix/UnMix",
+                         "--method mean_teacher --strong mixunmix --shuffle 0.5", 1),
+    "shuffle_classmix": ("Table S3: PatchShuffle w ClassMix",
+                         "--method mean_teacher --strong classmix --shuffle 0.5", 1),
+    "plain": ("masks, PASA alone: every row", "--method base --pasa plain", 1),
+    "rand": ("masks: Rand (Eq. 1)", "--method base --pasa rand", 1),
+    "reverse1": ("masks: Reverse1 (Eq. 2)", "--method base --pasa reverse1", 1),
+    "reverse2": ("masks: Reverse2 (Eq. 3)", "--method base --pasa reverse2", 1),
+    "product": ("masks: product (Eq. 4), alpha 50", "--method base --pasa product --pasa-alpha 50",
+                1),
+    "soft": ("losses: Soft instead of NCR, the teacher's softmax", "--method base --pseudo soft",
+             1),
+    "soft_eq5": ("losses: Soft as printed (Eq. 5)",
+                 "--method base --pseudo soft --follow D15=paper", 1),
+    "all_cr": ("losses: All-CR (Eq. 6)", "--method base --ncr all_sq", 1),
+    "kl_neg": ("losses: KL over the negative classes", "--method base --ncr kl_neg", 1),
+    "fixmatch": ("FixMatch (m = 0)", "--method fixmatch", 1),
+    "unimatch": ("Table S1: UniMatch", "--method unimatch", 1),
+    "unimatch_ours": ("Table S1: UniMatch + Ours", "--method unimatch --with-ours", 1),
+    "augseg": ("Table S1: AugSeg", "--method augseg", 1),
+    "augseg_ours": ("Table S1: AugSeg + Ours", "--method augseg --with-ours", 1),
+})
+LOCKS, DONE = defaultdict(threading.Lock), set()  # a run that several rows need is made once
+
+
 def commands_of(name: str) -> list[str]:
     commands = ROWS[name][2]
     return [commands] if isinstance(commands, str) else commands
@@ -139,9 +201,12 @@ def shown(name: str) -> str:
 
 def runs_of(name: str, seed: int) -> list[str]:
     """Folder of each command's run, and name of its log; the last one is the row's result."""
-    first = next(n for n in ROWS if ROWS[n][2] == ROWS[name][2])  # rows may share a command
-    base = f"{first.replace('/', '-')}-seed{seed}"
-    return [f"{base}-before{k}" for k in range(1, len(commands_of(name)))] + [base]
+    commands, runs = commands_of(name), []
+    for k in range(1, len(commands) + 1):
+        first = next(n for n in ROWS if commands_of(n)[:k] == commands[:k])  # rows may share runs
+        base = f"{first.replace('/', '-')}-seed{seed}"
+        runs.append(base if len(commands_of(first)) == k else f"{base}-before{k}")
+    return runs
 
 
 def log_file(run: str) -> Path:
@@ -152,15 +217,19 @@ def run_seed(name: str, seed: int, folder: Path) -> list[dict]:
     """The runs of a row, one thread, from the root of the project; returns the last one's log."""
     outputs = [folder / run for run in runs_of(name, seed)]
     for output, command in zip(outputs, commands_of(name)):
-        shutil.rmtree(ROOT / output, ignore_errors=True)
-        flags = ["--seed", str(seed), "--split-seed", str(seed), "--output", str(output)]
-        words = [word.replace("{pretrain}", str(outputs[0])) for word in shlex.split(command)]
-        with open(ROOT / f"{output}.txt", "w") as text:
-            code = subprocess.run([sys.executable, *words, *flags], cwd=ROOT, stdout=text,
-                                  stderr=subprocess.STDOUT,
-                                  env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
-        if code:
-            sys.exit(f"{name} seed {seed} ended with code {code}: see {output}.txt")
+        with LOCKS[output]:
+            if output in DONE:
+                continue
+            shutil.rmtree(ROOT / output, ignore_errors=True)
+            flags = ["--seed", str(seed), "--split-seed", str(seed), "--output", str(output)]
+            words = [word.replace("{pretrain}", str(outputs[0])) for word in shlex.split(command)]
+            with open(ROOT / f"{output}.txt", "w") as text:
+                code = subprocess.run([sys.executable, *words, *flags], cwd=ROOT, stdout=text,
+                                      stderr=subprocess.STDOUT,
+                                      env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+            if code:
+                sys.exit(f"{name} seed {seed} ended with code {code}: see {output}.txt")
+            DONE.add(output)
     return read_log(ROOT / outputs[-1])
 
 
@@ -176,10 +245,16 @@ def summary(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def measure(log: list[dict]) -> str:
+    """What a run is judged by: top1, or miou."""
+    return "miou" if log[0]["script"] == "s4former" else "top1"
+
+
 def band_of(logs: list[list[dict]]) -> dict:
-    stages = [s for s, r in results_of(logs[0]).items() if "top1" in r]  # a pretraining has none
-    top1 = {s: summary([results_of(log)[s]["top1"] for log in logs]) for s in stages}
-    return {"seeds": len(logs), "top1": {s: [round(x, 3) for x in v] for s, v in top1.items()}}
+    kind = measure(logs[0])
+    stages = [s for s, r in results_of(logs[0]).items() if kind in r]  # a pretraining has none
+    found = {s: summary([results_of(log)[s][kind] for log in logs]) for s in stages}
+    return {"seeds": len(logs), kind: {s: [round(x, 3) for x in v] for s, v in found.items()}}
 
 
 def committed(name: str, before=False) -> list[list[dict]]:
@@ -194,11 +269,11 @@ def committed(name: str, before=False) -> list[list[dict]]:
 
 def compare(name: str, logs: list[list[dict]]):
     """Print the new mean beside the committed band: two spreads, at least one point, each way."""
-    old = committed(name)
-    for stage, (mean, spread) in band_of(logs)["top1"].items():
+    old, kind = committed(name), measure(logs[0])
+    for stage, (mean, spread) in band_of(logs)[kind].items():
         line = f"{name}  {stage}: {mean:.2f} +- {spread:.2f} ({len(logs)} seeds)"
         if old:
-            centre, width = band_of(old)["top1"][stage]
+            centre, width = band_of(old)[kind][stage]
             width = max(2 * width, 1.0)
             inside = abs(mean - centre) <= width
             line += f"   committed {centre:.2f} +- {width:.2f}: {'inside' if inside else 'OUTSIDE'}"
@@ -213,32 +288,36 @@ def write_table():
         logs = committed(name)
         if not logs:
             continue
+        kind = measure(logs[0])
         if title != table:
             if table:
                 lines += ["", notes.get(table, "")]
             table = title
             lines += ["", f"## {title}", "",
-                      "| what | top-1, last stage | each seed | its supervised stage | gain "
-                      "| teacher | updates | minutes | name for reproduce.py, command |",
+                      f"| what | {dict(top1='top-1', miou='mIoU')[kind]}, last stage | each seed "
+                      "| its supervised stage | gain | teacher | updates | minutes "
+                      "| name for reproduce.py, command |",
                       "|---|---|---|---|---|---|---|---|---|"]
         last = list(results_of(logs[0], name))[-1]
         ends = [results_of(log)[last] for log in logs]
-        mean, spread = summary([e["top1"] for e in ends])
+        mean, spread = summary([e[kind] for e in ends])
         how = (f"{mean:.1f} ± {spread:.1f} ({len(logs)} seeds)" if len(logs) > 1
                else f"{mean:.1f} (single run)")
         start = gain = teacher = "-"
         if last != "sup":
-            starts = [results_of(log)["sup"]["top1"] for log in logs]
-            gains = [e["top1"] - s for e, s in zip(ends, starts)]
+            before = committed(name, before=True)
+            starts = [results_of(log)["sup"][kind] for log in logs + before
+                      if "sup" in results_of(log)]
+            gains = [e[kind] - s for e, s in zip(ends, starts)]
             start, gain = (f"{statistics.mean(starts):.1f}",
                            f"{statistics.mean(gains):+.1f} (least {min(gains):+.1f})")
-            teacher = (f"{statistics.mean(e['ema_top1'] for e in ends):.1f}"
-                       if "ema_top1" in ends[0] else "-")
+            teacher = (f"{statistics.mean(e[f'ema_{kind}'] for e in ends):.1f}"
+                       if f"ema_{kind}" in ends[0] else "-")
         stages = [r for log in logs for r in results_of(log, name).values()]
         stages += [r for log in committed(name, before=True) for r in results_of(log).values()]
         updates = sum(r["updates"] for r in stages) // len(logs)
         minutes = sum(r["seconds"] for r in stages) / len(logs) / 60
-        each = ", ".join(f"{e['top1']:.1f}" for e in ends)
+        each = ", ".join(f"{e[kind]:.1f}" for e in ends)
         lines.append(f"| {what} | {how} | {each} | {start} | {gain} | {teacher} | {updates} "
                      f"| {minutes:.1f} | `{name}`: {shown(name)} |")
         first = logs[0][0]

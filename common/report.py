@@ -59,7 +59,8 @@ def band(path: Path, recipe: dict) -> str:
     found = bands.get(recipe_hash(recipe))
     if not found:
         return "no reference band for these settings; benchmarks/reproduce.py measures one"
-    parts = [f"{stage} {mean:.1f} +- {sd:.1f}" for stage, (mean, sd) in found["top1"].items()]
+    of_stages = found.get("top1") or found["miou"]
+    parts = [f"{stage} {mean:.1f} +- {sd:.1f}" for stage, (mean, sd) in of_stages.items()]
     return f"expected here ({found['seeds']} seeds, docs/results.md): {', '.join(parts)}"
 
 
