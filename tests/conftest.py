@@ -163,7 +163,7 @@ SCRIPTS = [
         name="s4former",
         flags="--image-size 32 --shuffle-tile 16 --train-scenes 60 --val-scenes 21 --num-labels 20"
         " --evals 1 --iterations pretrain=8,sup=8,semi=10 --batch-size pretrain=4,sup=8,semi=4"
-        " --lr pretrain=1e-3,sup=5e-2,semi=5e-3 --warmup-iterations 2 --tau semi=0.13"
+        " --lr pretrain=1e-3,sup=1e-2,semi=5e-3 --warmup-iterations 2 --tau semi=0.12"
         " --ema-decay semi=0.9 --workers 0 --print-every 2 --save-every 3",
         updates=dict(pretrain=8, sup=8, semi=10),
         first="sup",
@@ -178,7 +178,7 @@ SCRIPTS = [
             "--split-seed 1": ("split", " -> "),
             "--num-labels 30": ("num_labels", "20 -> 30"),
             "--pasa plain": ("semi.pasa", "ours -> plain"),
-            "--lr sup=0.5": ("sup.lr", "0.05 -> 0.5"),
+            "--lr sup=0.5": ("sup.lr", "0.01 -> 0.5"),
             "--seed 7": ("seed", "0 -> 7"),
         },
         too_few="--num-labels 10 --batch-size sup=16,semi=16",

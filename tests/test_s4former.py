@@ -1160,7 +1160,7 @@ def tree(root, dataset):
             write(root / "gtFine" / part / "aachen" / f"{name}_gtFine_labelTrainIds.png", mask)
         else:
             write(root / f"{part}2017" / f"{name}.jpg", image)
-            write(root / "masks" / f"{part}2017" / f"{name}.png", mask)
+            write(root / "masks" / f"{name}.png", mask)
     if dataset == "voc":
         lists = root / "ImageSets" / "Segmentation"
         lists.mkdir(parents=True)
@@ -1201,7 +1201,7 @@ def test_pictures_predictions_and_the_comparison_of_two_runs(tiny, straight, tmp
     child = ends("s4former", argv, tmp_path, pictures=True)
     for name in ("compare.png", "compare_gain.png", "attention.png"):
         assert (tmp_path / "other" / name).stat().st_size > 1000, name
-    assert child.out.count("mIoU") == 2 and child.out.count("IoU  ground") == 2
+    assert child.out.count("pixel accuracy") == 2 and child.out.count("IoU  ground") == 2
     folder = tmp_path / "other" / "predictions"
     with Image.open(folder / "masks" / "deep" / "a.png.png") as mask:
         assert mask.mode == "P" and mask.size == (70, 40) and np.asarray(mask).max() <= 10
