@@ -43,7 +43,7 @@ target. The rest, decided once:
   E5  Where one cosine spans sup and semi (D6), AdamW's moments go on too: it is one run. With
       --stage semi --init RUN the cosine goes on as well, the moments start anew.
   E6  The decoder of stage semi starts anew, also after stage pretrain: its target differs (D9).
-      That of an --init FILE is taken where it has one of this size.
+      That of an --init FILE is taken where its size fits.
   E7  Evaluated are the last raw weights. An average (--ema-decay, D17) is only ever evaluated.
   E8  LoMaR: positions come from relative tables alone, in the classifier too, as in its own; the
       query is not scaled there (LoMaR's code; iRPE's code scales it).
