@@ -29,6 +29,7 @@ How to run
       the same at the end of stage distill      76.6                 80.9   Table 3, self-distilled
     --arch resnet50 --labels 1 --stage distill --teacher RUN, that run    73.9   Table 3
     --arch resnet50 --labels 100 --stage linear --init RUN                71.7   Table 1
+  Its networks were pretrained with the memory (--follow D1=paper; about a point, Sec. 2).
 
 Departures. D1 to D5, where paper and authors' code disagree, are the table DEPARTURES below, chosen
 with --follow. The rest, decided once:
@@ -49,7 +50,7 @@ with --follow. The rest, decided once:
   E10 T = floor(images x epochs / N) + 1 updates, and batches straddle passes (code).
   E11 The running variance is torch's, unbiased; theirs is biased.
   E12 Stage sup, 1% and 10%: AutoAugment and label smoothing (Fig. 4); the amount, 0.1, and 5 epochs
-      of warm-up are ours. SGD and 1e-4 are the code's.
+      of warm-up are ours. SGD, its rate, batch and 1e-4 are the authors' answers to users.
   E13 resnet_digits is ours: four blocks of 16 to 128 channels, 0.3M parameters.
 
 --accum-steps: g and NT-Xent see the whole batch with all its negatives (two passes, representations
@@ -59,6 +60,7 @@ layers are. Nothing else changes.
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -85,14 +87,18 @@ from common.amp import Precision, pick_device
 from common.data import load_dataset
 from common.ema import Ema
 from common.pictures import BadImages
+from common.split_lists import KNOWN, fingerprint
+from common.split_lists import parse as read_list
 from common.splits import UserError
 from common.streams import Stream, eval_loader, seed_of, stream_loader
 
 # ===== 1. CONFIG  (paper Sec. 3.1; authors' README where it says so) ==============================
 
 SCRIPT = "simclrv2"
+CHECKPOINTS = checkpoint.NEWEST, checkpoint.PREVIOUS
 STAGES = ("pretrain", "sup", "linear", "finetune", "distill")
 METHODS = {"sup": {}, "linear": {}, "finetune": {}, "simclrv2": {}}  # no setting differs [Table 1]
+PUBLISHED = {"SimCLR 1percent.txt": 1, "SimCLR 10percent.txt": 10}  # lists     [Sec. 3.1, note 3]
 PIPELINES = {  # their stages; with --init, pretrain is left out                           [Table 1]
     "sup": ("sup",),
     "linear": ("pretrain", "linear"),
@@ -129,7 +135,7 @@ SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a fla
     "batch_size": (int, _by(4096, finetune=1024),
         "images per update, over all processes and parts; two views each in pretrain [Sec. 3.1]"),
     "optimizer": (str, _by("lars", sup="sgd", linear="sgd"),
-        "lars, or sgd with Nesterov momentum [Sec. 3.1; authors' README]"),
+        "lars, or sgd with Nesterov momentum (sup, linear) [Sec. 3.1; authors' README]"),
     "lr": (float, _by(None), "peak learning rate, instead of --lr-base [Sec. 3.1]"),
     "lr_base": (float, _by(0.1, finetune=0.005),
         "learning rate before scaling by the batch; 0.002 in finetune where wider or SK "
@@ -157,7 +163,7 @@ SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a fla
     "alpha": (float, _by(1.0), "weight of the teacher beside the labels; 1: no label [Eq. 3]"),
     "kd_temperature": (float, _by(None),
         "tau of Eq. 2; default 0.1 where teacher and student are the same network, else 1 "
-        "[Sec. 3.1; Fig. F.2]"),
+        "[Sec. 3.1]"),
     "kd_set": (str, _by("all"), "images to distill on: all or labeled [Table 2]"),
     "student_init": (str, _by("scratch"), "scratch or pretrained [the paper is silent]"),
 }
@@ -171,6 +177,14 @@ ONLY_IN = {  # settings that other stages do not have
     **dict.fromkeys(("alpha", "kd_temperature", "kd_set", "student_init", "kd_tau_squared"),
                     ("distill",)),
     "unlabeled_pool": ("pretrain", "distill"),
+}
+_ANSWERS = "authors' answers, E12"
+DEFAULT_FROM = {  # the source of a stage's default, where it is not that of the setting's help
+    "sup": dict(epochs="Table 1", batch_size=_ANSWERS, optimizer=_ANSWERS, lr_base=_ANSWERS,
+                lr_scaling=_ANSWERS, weight_decay=_ANSWERS, warmup_epochs="ours, E12"),
+    "linear": dict.fromkeys(("epochs", "batch_size", "optimizer", "lr_base", "lr_scaling",
+                             "warmup_epochs", "weight_decay"), "authors' README"),
+    "finetune": dict(warmup_epochs="Sec. 3.1: none", weight_decay="Sec. 3.1: none"),
 }
 CHOICES = dict(optimizer=("lars", "sgd"), lr_scaling=("sqrt", "linear"), augment=("weak", "strong"),
                kd_set=("all", "labeled"), student_init=("scratch", "pretrained"))
@@ -205,10 +219,9 @@ TABLE_3 = {  # row: tau, top-1 with 1%, 10%, top-5 with 1%, 10%; the last one te
 
 def _imagenet(row: str, labels: int) -> dict:
     large = row.endswith(("x", "sk"))  # "width multiplier larger than 1 and/or SK"
-    finetune = dict(lr_base=0.002 if large else 0.005, epochs=60 if labels == 1 else 30,
-                    ft_proj_selector=int(labels < 100))
+    finetune = dict(lr_base=0.002 if large else 0.005, epochs=60 if labels == 1 else 30)
     sup = dict(augment="strong", label_smoothing=0.1) if labels < 100 else {}
-    return dict(finetune=finetune, sup=sup, source="Sec. 3.1; Fig. 4")
+    return dict(finetune=finetune, sup=sup, source="Sec. 3.1; sup: Fig. 4, E12")
 
 
 _SMALL = dict(  # a start for data of thousands of images
@@ -248,6 +261,10 @@ RECIPES = {  # (data set, row, init, labels %): {stage: settings that differ fro
     ("digits", None, None, None): dict(_DIGITS, source="as for resnet_digits; not tuned"),
 }
 
+SCHEDULES = {  # D2
+    "paper": dict(lr_base=0.1, epochs=800.0, warmup_epochs=40.0),
+    "readme": dict(lr_base=0.075, epochs=100.0, warmup_epochs=10.0),
+}
 _PRETRAIN = dict(dataset="imagenet", stage="pretrain")
 DEPARTURES = {  # where, setting, recommended, paper, code (None: silent, as recommended), source
     "D1": (_PRETRAIN, "memory_size", 0, 65536, 0,
@@ -259,7 +276,7 @@ DEPARTURES = {  # where, setting, recommended, paper, code (None: silent, as rec
     "D4": (dict(stage="distill"), "kd_tau_squared", 0, 0, 1,
            "Eq. 2 has no factor; the authors' notebook multiplies by tau squared"),
     "D5": ({}, "tf_padding", 0, None, 1,
-           "code: the max-pool pads even sizes below and right only; so with released weights"),
+           "the authors' max-pool pads even sizes below and right only; so with their weights"),
 }
 
 
@@ -298,10 +315,19 @@ def parse_args(argv=None):
 
 
 def percent(args):
-    """--labels, or its default; None where an absolute count or a list was given."""
+    """--labels, its default, or that of a published list; None for another list, or a count."""
     if args.num_labels or args.labels_file:
-        return None
+        return PUBLISHED.get(list_name(args.labels_file[0])) if args.labels_file else None
     return args.labels or (1 if args.dataset == "digits" else 10)
+
+
+@functools.cache
+def list_name(file: str) -> str | None:
+    """The name of a published list, known by its hash, whatever the file is called."""
+    try:
+        return KNOWN.get(fingerprint(str(image) for _, _, image, _ in read_list(file)))
+    except UserError:  # reading the split will say what is wrong with it
+        return None
 
 
 def stages_of(args) -> list[str]:
@@ -311,24 +337,38 @@ def stages_of(args) -> list[str]:
     return [x for x in PIPELINES[args.method] if x != "pretrain" or not args.init]
 
 
+def run_at(path) -> dict | None:
+    """First line of the log of a run of this script: path is its folder, or its checkpoint."""
+    folder = Path(path).parent if Path(path).name in CHECKPOINTS else Path(path)
+    first = log.read_log(folder)[0] if (folder / "log.jsonl").exists() else {}
+    return first if first.get("script") == SCRIPT else None
+
+
 def init_kind(args) -> str:
-    """Where weights come from: scratch, run (of ours) or released; a run from those is released."""
+    """Where weights come from: scratch, a run (a folder, or its checkpoint), or released ones."""
     if not args.init:
         return "scratch"
-    if (Path(args.init) / "log.jsonl").exists():
-        first = log.read_log(Path(args.init))[0]
-        kind = init_kind(SimpleNamespace(init=first.get("args", {}).get("init")))
-        return "released" if kind == "released" else "run"
-    own = Path(args.init).is_dir() or Path(args.init).name == checkpoint.NEWEST
+    path = Path(args.init)
+    own = path.is_dir() or path.name in CHECKPOINTS or not path.suffix
     return "run" if own else "released"
+
+
+def padding_of_init(args) -> tuple[str, dict]:
+    """A layer of settings: a network goes on with the padding that it was pretrained with (D5)."""
+    if init_kind(args) == "released":
+        return "released weights", dict(tf_padding=1)
+    run = args.init and run_at(args.init)
+    padded = run and any(s["tf_padding"] for s in run["settings"].values())
+    return f"as {args.init}", dict(tf_padding=1) if padded else {}
 
 
 def teacher_row(args) -> str | None:
     """The teacher as a row of Table 1: the student's own, or told by the run or by its name."""
     if not args.teacher:
         return row_name(args)
-    if (Path(args.teacher) / "log.jsonl").exists():
-        return row_name(SimpleNamespace(**log.read_log(Path(args.teacher))[0]["args"]))
+    run = run_at(args.teacher)
+    if run:
+        return row_name(SimpleNamespace(**run["args"]))
     found = re.search(r"resnet\d+(_\dx)?(_sk)?", args.teacher)
     return found and found[0]
 
@@ -341,22 +381,8 @@ def recipe(args):
             return (args.dataset, *special), RECIPES[(args.dataset, *special)]
 
 
-def derive(args, stage: str, world_size: int) -> SimpleNamespace:
-    """All settings of a stage, with `sources`, lr and the share of a process. Raises UserError."""
-    _, row = recipe(args)
-    layers = [("default [Sec. 2: all images]", dict(unlabeled_pool="all")),
-              ("default [Table 1]", dict(tf_padding=0, freeze_proj=0, kd_tau_squared=0)),
-              (row["source"], row.get(stage, {}))]
-    if init_kind(args) == "released":
-        layers.append(("released weights", dict(tf_padding=1)))
-    chosen = flags.follow(args.follow, DEPARTURES)
-    if (args.dataset, stage, chosen.get("D2")) == ("imagenet", "pretrain", "code"):
-        layers.append(("D2=code", dict(lr_base=0.075, epochs=100, warmup_epochs=10)))
-    facts = dict(dataset=args.dataset, stage=stage)
-    of_others = {name for name, stages in ONLY_IN.items() if stage not in stages}
-    s = flags.resolve(SETTINGS, stage, layers, DEPARTURES, facts, args, of_others)
-    if args.unlabeled_pool:
-        s.unlabeled_pool, s.sources["unlabeled_pool"] = args.unlabeled_pool, "--unlabeled-pool"
+def check_ranges(args, s):
+    """What flags.resolve, which knows types and shares, cannot see. Raises UserError."""
     for name, allowed in CHOICES.items():
         if getattr(s, name) not in allowed:
             flag = f"--{name.replace('_', '-')} {getattr(s, name)}"
@@ -364,12 +390,45 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
     for name, least in dict(epochs=0, batch_size=1, memory_size=0, ft_proj_selector=-1).items():
         if getattr(s, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name):g}: at least {least}")
-    for name in ("alpha", "blur"):
-        if getattr(s, name) > 1:
-            raise UserError(f"--{name} {getattr(s, name):g}: from 0 to 1")
+    for name, most in dict(alpha=1, blur=1, jitter_strength=2.5).items():  # hue turns 0.2 of it
+        if getattr(s, name) > most:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name):g}: from 0 to {most}")
+    for name in ("temperature", "kd_temperature"):
+        if getattr(s, name) == 0:
+            raise UserError(f"--{name.replace('_', '-')} 0: above 0; logits are divided by it")
     if args.proj_layers < 1 or s.ft_proj_selector > args.proj_layers:
         raise UserError(f"--ft-proj-selector {s.ft_proj_selector}: there is no such layer with "
                         f"--proj-layers {args.proj_layers}")
+    if not 2 <= ARCHS[args.arch][2] * args.width < math.inf:  # nan too; SK's stem starts with half
+        raise UserError(f"--width {args.width:g}: the first stage of {args.arch} is left with less "
+                        "than two channels, or endlessly many")
+
+
+def derive(args, stage: str, world_size: int) -> SimpleNamespace:
+    """All settings of a stage, with `sources`, lr and the share of a process. Raises UserError."""
+    _, row = recipe(args)
+    layers = [("default [Sec. 2: all images]", dict(unlabeled_pool="all")),
+              ("default [Table 1]", dict(tf_padding=0, freeze_proj=0, kd_tau_squared=0))]
+    if (args.dataset, stage) == ("imagenet", "pretrain"):
+        code = flags.follow(args.follow, DEPARTURES).get("D2") == "code"
+        layers.append((f"D2{'=code' if code else ''}: {DEPARTURES['D2'][5]}",
+                       SCHEDULES["readme" if code else "paper"]))
+    if (args.dataset, stage) == ("imagenet", "finetune") and (args.width > 1 or args.sk):
+        layers.append(("Sec. 3.1: wider, or SK", dict(lr_base=0.002)))
+    layers.append((row["source"], row.get(stage, {})))
+    if stage == "finetune" and percent(args) == 100:
+        layers.append(("Sec. 3.1: all labels", dict(ft_proj_selector=0)))
+    layers.append(padding_of_init(args))
+    facts = dict(dataset=args.dataset, stage=stage)
+    of_others = {name for name, stages in ONLY_IN.items() if stage not in stages}
+    s = flags.resolve(SETTINGS, stage, layers, DEPARTURES, facts, args, of_others)
+    vars(s).pop("pretrain_schedule", None)  # D2's name for three settings
+    if args.unlabeled_pool:
+        s.unlabeled_pool, s.sources["unlabeled_pool"] = args.unlabeled_pool, "--unlabeled-pool"
+    for name, source in DEFAULT_FROM.get(stage, {}).items():
+        if s.sources[name].startswith("default"):
+            s.sources[name] = f"default [{source}]"
+    check_ranges(args, s)
     if stage == "distill" and s.kd_temperature is None:
         own = teacher_row(args) == row_name(args)
         s.kd_temperature = 0.1 if own else 1.0
@@ -480,11 +539,12 @@ def gaussian_blur(x: Tensor, sigma: Tensor, on: Tensor) -> Tensor:
     """
     radius = x.shape[-1] // 10 // 2
     taps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.exp(-taps.square() / (2 * sigma.to(x).square()))
+    sigma, on = (t.to(x.device, non_blocking=True) for t in (sigma, on))
+    kernel = torch.exp(-taps.square() / (2 * sigma.to(x.dtype).square()))
     kernel = (kernel / kernel.sum()).expand(x.shape[1], 1, 1, -1)  # (C, 1, 1, taps)
     y = F.conv2d(x, kernel, padding=(0, radius), groups=x.shape[1])
     y = F.conv2d(y, kernel.mT, padding=(radius, 0), groups=x.shape[1])
-    return torch.where(on.to(x.device)[:, None, None, None], y, x).clamp(0, 1)
+    return torch.where(on[:, None, None, None], y, x).clamp(0, 1)
 
 
 # ===== 3. MODEL  (paper Sec. 2 and 3.1; layout of the authors' code) ==============================
@@ -910,7 +970,8 @@ class LARS(torch.optim.Optimizer):
             if not params:
                 continue
             for p in params:
-                self.state[p].setdefault("velocity", torch.zeros_like(p))
+                if "velocity" not in self.state[p]:
+                    self.state[p]["velocity"] = torch.zeros_like(p)
             v, momentum = [self.state[p]["velocity"] for p in params], group["momentum"]
 
             g = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
@@ -1319,7 +1380,7 @@ def run_stage(stage, model, teacher, data, split, s, args, run, resume):
         set_lr(optimizer, lr_at(step, s.lr, total, warmup))
         last_part = len(parts) + 1 == args.accum_steps
         if stage == "pretrain":
-            parts.append(batch[0])
+            parts.append([[t.to(run.device, non_blocking=True) for t in v] for v in batch[0]])
             if not last_part:
                 continue
             parts = [contrast_update(parts)]
@@ -1329,8 +1390,8 @@ def run_stage(stage, model, teacher, data, split, s, args, run, resume):
             alone = run.world > 1 and not last_part
             with student.no_sync() if alone else contextlib.nullcontext():
                 if stage == "distill":
-                    x_l, y_l = None, y  # y are labels of labelled images where --kd-set labeled
-                    if of_l:
+                    x_l, y_l = None, None if distilling else y  # --kd-set labeled: x's own labels
+                    if mixed:
                         x_l, y_l = images(of_l[0][0]), of_l[1].to(run.device, non_blocking=True)
                     losses, y_t = distill_step(student, teacher, x, s, run.precision, x_l, y_l)
                     # The only use of unlabelled images' true labels, where known: a logged number.
@@ -1396,6 +1457,33 @@ def save(stage, step, seconds, model, key_net, queue, optimizer, bad, run):
         checkpoint.save(run.folder, state)
 
 
+def check_stages(args, stages, settings):
+    """Stages that cannot begin, and flags that none of them would look at. Raises UserError."""
+    if not stages:
+        raise UserError(f"--stage {args.stage}, --method {args.method}, --epochs: no stage is left "
+                        "to train; raise --epochs or choose another stage")
+    given = "pretrain" in stages or args.init
+    if {"linear", "finetune"} & {*stages} and not given:
+        raise UserError(f"--stage {args.stage}: needs --init RUN, a run of stage pretrain, or "
+                        "released weights")
+    if "distill" in stages and "finetune" not in stages and not args.teacher:
+        raise UserError(f"--stage {args.stage}: needs --teacher RUN, a finished run that ends in "
+                        "stage finetune, or distill")
+    from_pretrained = "distill" in stages and settings["distill"].student_init == "pretrained"
+    if from_pretrained and not given:
+        raise UserError("--student-init pretrained: needs --init RUN, the pretrained weights")
+    if args.init and stages in (["sup"], ["distill"]) and not from_pretrained:
+        raise UserError(f"--init {args.init}: stage {stages[0]} starts from scratch; leave it out"
+                        + ", or add --student-init pretrained" * (stages == ["distill"]))
+    if args.teacher and "distill" not in stages:
+        raise UserError(f"--teacher {args.teacher}: nothing is distilled in stage {stages[-1]}; "
+                        "leave it out, or choose --stage distill")
+    if args.predict and stages[-1] == "pretrain":
+        raise UserError("--predict: stage pretrain has no classifier; choose --stage all")
+    if args.predict and not Path(args.predict).exists():
+        raise UserError(f"--predict {args.predict}: no such picture or folder")
+
+
 @log.clear_errors
 def main(args):
     if args.dry_run:
@@ -1410,17 +1498,7 @@ def main(args):
     # What will be trained, on what
     settings = {x: derive(args, x, run.world) for x in stages_of(args)}
     stages = [x for x in settings if settings[x].epochs > 0]
-    if not stages:
-        raise UserError(f"--stage {args.stage}, --method {args.method}, --epochs: no stage is left "
-                        "to train; raise --epochs or choose another stage")
-    if {"linear", "finetune"} & {*stages} and "pretrain" not in stages and not args.init:
-        raise UserError(f"--stage {args.stage}: needs --init RUN, a run of stage pretrain, or "
-                        "released weights")
-    if "distill" in stages and "finetune" not in stages and not args.teacher:
-        raise UserError(f"--stage {args.stage}: needs --teacher RUN, a finished run that ends in "
-                        "stage finetune, or distill")
-    if args.predict and stages[-1] == "pretrain":
-        raise UserError("--predict: stage pretrain has no classifier; choose --stage all")
+    check_stages(args, stages, settings)
     pool = settings[stages[0]].unlabeled_pool
     split = flags.choose_split(args, data, pool, 1 if args.dataset == "digits" else 10)
     if {"pretrain", "distill"} & {*stages} and not len(split.unlabeled):
@@ -1447,7 +1525,7 @@ def main(args):
     # The model; what can be refused is refused before a folder is made
     num_classes, some = len(data.classes), settings[stages[0]]
     costs = report.cost(on_meta(args, "pretrain", some, num_classes), run.image_size)
-    largest = max((1 + (x == "pretrain")) * settings[x].micro_batch for x in stages)
+    largest = max(views_trained_on(x, settings[x]) * settings[x].micro_batch for x in stages)
     halved = run.precision.dtype != torch.float32
     report.refuse_too_large(costs, largest, halved, run.device, args.accum_steps)
     run.carried, start = state["carried"] if state else {}, None  # finished stages, for later ones
@@ -1636,6 +1714,8 @@ def load_final(folder: str, flag: str) -> tuple[nn.Module, dict]:
     from safetensors import safe_open
 
     file = Path(folder) / "model.safetensors"
+    if not Path(folder).is_dir():
+        raise UserError(f"{flag} {folder}: no such folder; give that of a finished run")
     if not file.exists():
         raise UserError(f"{flag} {folder}: no model.safetensors; finish it: --resume {folder}")
     tensors = checkpoint.read(file)
@@ -1718,39 +1798,50 @@ def draw_neighbours(data, split, model, s, args, run, count=8, nearest=9, at_mos
 
 
 def paper_args(args) -> SimpleNamespace:
-    """The same flags on ImageNet."""
+    """The same flags on ImageNet; pretraining with the memory, as all of the paper's networks."""
     arch = "resnet50" if args.arch == "resnet_digits" else args.arch
     labels = percent(args) if percent(args) in (1, 10, 100) else 10
     changed = dict(arch=arch, dataset="imagenet", labels=labels, num_labels=None, labels_file=None,
                    image_size=None)
+    pretrains = "pretrain" in stages_of(args)
+    if pretrains and args.follow == "recommended" and not args.memory_size:
+        changed["follow"] = "D1=paper"
     return SimpleNamespace(**{**vars(args), **changed})
 
 
 def paper_numbers(args) -> dict[str, tuple[float, str]]:
     """The paper's top-1 at the end of a stage, for exactly these flags: {stage: (top-1, table)}.
 
-    Its networks were pretrained with the memory; without it (D1) about a point is to be missed.
+    Its networks were pretrained with the memory, which is not the default here (D1): that is said.
     """
     row, labels, ran = row_name(args), percent(args), stages_of(args)
-    given = {n for n in SETTINGS if getattr(args, n)} - {"memory_size", "alpha", "kd_set"}
-    given |= {n for n in ("image_size", "unlabeled_pool") if getattr(args, n)}
-    if given or args.follow != "recommended" or args.proj_layers != 3:
-        return {}
     if args.dataset != "imagenet" or labels not in (1, 10, 100):
         return {}
+    given = {n for n in SETTINGS if getattr(args, n)} - {"memory_size", "alpha", "kd_set"}
+    given |= {n for n in ("image_size", "unlabeled_pool") if getattr(args, n)}
+    memory = derive(args, "pretrain", 1).memory_size
+    other_memory = args.memory_size and memory != 65536
+    as_in_code = "code" in flags.follow(args.follow, DEPARTURES).values()
+    if given or other_memory or as_in_code or args.proj_layers != 3:
+        return {}
     numbers = {}
+    known = memory or init_kind(args) == "released"
+    pretrained = "" if known else ", pretrained with the memory: --follow D1=paper"
     if row in TABLE_1:
         _, *finetuned, linear, sup = TABLE_1[row]
-        numbers["finetune"] = (finetuned[(1, 10, 100).index(labels)], "Table 1")
+        numbers["finetune"] = finetuned[(1, 10, 100).index(labels)], "Table 1" + pretrained
         if labels == 100:
-            numbers |= {"linear": (linear, "Table 1"), "sup": (sup, "Table 1")}
+            numbers |= {"linear": (linear, "Table 1" + pretrained), "sup": (sup, "Table 1")}
     if labels < 100 and "distill" in ran:
         s, teacher, column = derive(args, "distill", 1), teacher_row(args), (1, 10).index(labels)
-        mixing = s.alpha < 1, s.kd_set if s.alpha else None
+        # "label only" is a student that sees no other image, so not alpha 0 beside all images
+        only = None if s.kd_set == "labeled" else "seen, not learned"
+        mixing = s.alpha < 1, s.kd_set if s.alpha else only
         if teacher == "resnet152_3x_sk" and row in TABLE_3 and mixing == (False, "all"):
-            numbers["distill"] = (TABLE_3[row][1 + column], "Table 3")
+            numbers["distill"] = TABLE_3[row][1 + column], "Table 3" + pretrained
         if (row, teacher) == ("resnet50", "resnet50_2x_sk") and mixing in TABLE_2:
-            numbers["distill"] = (TABLE_2[mixing][column], "Table 2")
+            alpha = ", its alpha is not stated" if 0 < s.alpha < 1 else ""
+            numbers["distill"] = TABLE_2[mixing][column], "Table 2" + alpha
     return {stage: number for stage, number in numbers.items() if stage in ran}
 
 
@@ -1794,6 +1885,14 @@ def dry_run(args) -> str:
     return "\n".join(lines)
 
 
+def views_trained_on(stage: str, s) -> int:
+    """For each image of a batch, how many pictures have activations that wait for the backward."""
+    if stage == "linear":  # f is fixed
+        return 0
+    beside = stage == "distill" and s.kd_set == "all" and s.alpha < 1  # labelled ones, Eq. 3
+    return 2 if stage == "pretrain" or beside else 1
+
+
 def cost_lines(args, stage, s) -> list[str]:
     """Parameters, images, updates, arithmetic and memory of a stage, on one process."""
     size, classes, total = DATASETS[args.dataset]
@@ -1803,12 +1902,13 @@ def cost_lines(args, stage, s) -> list[str]:
     count = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     table_1 = sum(v.numel() for k, v in model.encoder.state_dict().items() if "tracked" not in k)
-    distilling = stage == "distill" and s.kd_set == "all"
-    on_all = stage == "pretrain" or distilling
-    seen = s.batch_size * (2 if stage == "pretrain" or distilling and s.alpha < 1 else 1)
-    passes = 1 if stage == "linear" else 3 + (stage == "pretrain" and s.memory_size > 0)
-    flops = costs["flops"] * passes * seen  # backward costs two
-    kept = 0 if stage == "linear" else costs["kept"] * seen / args.accum_steps
+    on_all = stage == "pretrain" or stage == "distill" and s.kd_set == "all"
+    trained_on = s.batch_size * views_trained_on(stage, s)
+    seen = trained_on or s.batch_size
+    passes = 3 if trained_on else 1  # forward one, backward two
+    passes += (stage == "pretrain") * ((s.memory_size > 0) + (args.accum_steps > 1))
+    flops = costs["flops"] * passes * seen
+    kept = costs["kept"] * trained_on / args.accum_steps
     gib = [(costs["fixed"] + kept * share) / 2**30 for share in (1, 0.5)]
     updates = ""
     if total:  # known without the data

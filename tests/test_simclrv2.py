@@ -3,7 +3,10 @@
 tests/parity/simclrv2.pt holds what the authors' functions returned (TensorFlow 2.15, CPU).
 """
 
+import contextlib
+import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, SCRIPTS, ends, numbers, only_run, run_script, world
+from conftest import ROOT, SCRIPTS, Child, ends, numbers, only_run, run_script, world
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import resnet50
@@ -177,17 +180,22 @@ def walk():
     for item, lines in plots.items():
         for flags in lines:
             yield item, flags, "finetune" if "--stage" not in flags else "distill", None
-    for size in (0, 65536):  # Table 1's networks were pretrained with the memory
-        yield "Figure D.1", f"{one} --memory-size {size}", "finetune", 57.9
+    # Table 1's networks were pretrained with the memory; without it there is only the plot
+    for size, top1 in ((0, None), (65536, 57.9)):
+        yield "Figure D.1", f"{one} --memory-size {size}", "finetune", top1
     yield "Figure E.1", one, "finetune", 57.9
 
 
 @pytest.mark.parametrize("item, flags, stage, number", list(walk()))
-def test_every_row_of_the_paper_shows_its_number(item, flags, stage, number):
+def test_every_row_of_the_paper_shows_its_number(item, flags, stage, number, monkeypatch):
+    """In --dry-run, but for the costs, which another test looks at: they take half a second."""
+    monkeypatch.setattr(S, "cost_lines", lambda *a: [])
     args = parse(flags)
     assert S.paper_numbers(args).get(stage, (None,))[0] == number
-    for x in S.stages_of(args):
-        assert S.derive(args, x, 1).sources["lr"]
+    ours = S.dry_run(args).split("== the paper's row")[0]
+    assert (f"result of stage {stage}: " in ours) == (number is not None)
+    assert number is None or f"result of stage {stage}: {number} top-1 (" in ours
+    assert all(f"stage {x}\n" in ours for x in S.stages_of(args))
 
 
 def test_the_walk_has_every_item_and_every_number_once_in_its_table():
@@ -224,19 +232,103 @@ def test_dry_run_shows_two_blocks_with_sources_and_costs(flags):
 def test_dry_run_of_the_largest():
     flags = "--dataset imagenet --arch resnet152 --width 3 --sk --labels 1"
     text = S.dry_run(parse(f"{flags} --dry-run"))
-    assert "stage finetune: 74.9 top-1 (Table 1)" in text
-    assert "stage distill: 76.6 top-1 (Table 3)" in text
+    ours, paper = text.split("== the paper's row")
+    remark = ", pretrained with the memory: --follow D1=paper"
+    assert f"stage finetune: 74.9 top-1 (Table 1{remark})" in ours
+    assert f"stage distill: 76.6 top-1 (Table 3{remark})" in ours
+    assert "--labels 1 --follow D1=paper\n" in paper
+    assert "stage finetune: 74.9 top-1 (Table 1)" in paper
+    assert "stage distill: 76.6 top-1 (Table 3)" in paper
     assert "as Table 1 counts 795,235,360" in text
+
+
+def test_dry_run_names_the_source_of_every_value():
+    """A default has the source of its own stage: SGD and a rate of 1.6 are not Sec. 3.1's."""
+    args = parse("--dataset imagenet --arch resnet50 --labels 1")
+    sources = {x: S.derive(args, x, 1).sources for x in S.STAGES}
+    for name in ("epochs", "lr_base", "warmup_epochs"):
+        assert sources["pretrain"][name].startswith("D2: 0.1 sqrt(N), 800 epochs")
+        assert sources["linear"][name] == "default [authors' README]"
+        assert sources["distill"][name].startswith("default [Sec. 3.1")
+    assert sources["sup"]["epochs"] == "default [Table 1]"
+    assert sources["sup"]["optimizer"] == "default [authors' answers, E12]"
+    assert sources["sup"]["warmup_epochs"] == "default [ours, E12]"
+    assert sources["sup"]["label_smoothing"] == "Sec. 3.1; sup: Fig. 4, E12"
+    assert sources["finetune"]["warmup_epochs"] == "default [Sec. 3.1: none]"
+    assert sources["finetune"]["epochs"].startswith("Sec. 3.1")
+    for number, stage in (("D1", "pretrain"), ("D3", "finetune"), ("D4", "distill"), ("D5", "sup")):
+        name = S.DEPARTURES[number][1]
+        assert sources[stage][name] == f"{number}: {S.DEPARTURES[number][5]}"
+    code = S.derive(parse("--dataset imagenet --follow code"), "pretrain", 1).sources
+    assert code["epochs"].startswith("D2=code: ") and code["memory_size"].startswith("D1=code: ")
+    assert not hasattr(settings("--dataset imagenet --follow code"), "pretrain_schedule")
+
+
+@pytest.mark.parametrize("flags, pictures", [
+    ("pretrain", 2), ("sup", 1), ("finetune", 1), ("linear", 0),  # f is fixed: nothing is kept
+    ("distill", 1), ("distill --alpha 0.5", 2), ("distill --alpha 0.5 --kd-set labeled", 1),
+])
+def test_memory_counts_what_waits_for_the_backward(flags, pictures):
+    stage, _, more = flags.partition(" ")
+    assert S.views_trained_on(stage, settings(more, stage)) == pictures
+    text = S.dry_run(parse(f"--dataset imagenet --arch resnet50 --stage {flags} --dry-run"))
+    parts = S.dry_run(parse(f"--dataset imagenet --arch resnet50 --stage {flags} --accum-steps 16"))
+    memory = [float(re.search(r"about ([\d.]+) GiB", x)[1]) for x in (text, parts)]
+    assert memory[0] > 10 * memory[1] if pictures else memory[0] == memory[1] < 1
 
 
 def test_numbers_stand_only_beside_their_very_flags():
     flags = "--dataset imagenet --arch resnet50 --labels 1"
     assert S.paper_numbers(parse(flags))
     for more in ("--epochs finetune=10", "--proj-layers 2", "--follow code", "--image-size 128",
-                 "--unlabeled-pool rest", "--temperature 0.2", "--width 1.5"):
+                 "--unlabeled-pool rest", "--temperature 0.2", "--width 1.5",
+                 "--memory-size 4096", "--memory-size 0", "--follow D3=code"):
         assert S.paper_numbers(parse(f"{flags} {more}")) == {}, more
     for more in ("--labels 5", "--num-labels 1000", "--dataset folder"):
         assert S.paper_numbers(parse(f"--dataset imagenet --arch resnet50 {more}")) == {}, more
+    for more in ("--follow paper", "--follow D1=paper", "--memory-size pretrain=65536",
+                 "--init r50_1x_sk0.pth"):
+        assert S.paper_numbers(parse(f"{flags} {more}")) == {"finetune": (57.9, "Table 1")}, more
+    said = "Table 1, pretrained with the memory: --follow D1=paper"
+    assert S.paper_numbers(parse(flags)) == {"finetune": (57.9, said)}
+    # labels only means no other image; and a mixture is told apart from the paper's unknown alpha
+    student = f"{flags} --stage distill --teacher resnet50_2x_sk"
+    assert S.paper_numbers(parse(f"{student} --alpha 0")) == {}
+    assert S.paper_numbers(parse(f"{student} --alpha 0 --kd-set labeled"))["distill"][0] == 12.3
+    mixed = S.paper_numbers(parse(f"{student} --alpha 0.9"))["distill"]
+    assert mixed == (69.0, "Table 2, its alpha is not stated")
+    assert S.paper_numbers(parse(f"{student} --alpha 1 --kd-set labeled")) == {}
+
+
+def test_a_published_list_has_the_recipe_and_numbers_of_its_percentage(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("n01440764_1.JPEG\nn01440764_2.JPEG\n")
+    monkeypatch.chdir(tmp_path)
+    flags = "--dataset imagenet --arch resnet50 --labels-file mine.txt"
+    assert S.percent(parse(flags)) is None and S.paper_numbers(parse(flags)) == {}
+    assert S.percent(parse(flags.replace("mine", "absent"))) is None
+    key = S.fingerprint(["n01440764_1", "n01440764_2"])
+    for name, labels in S.PUBLISHED.items():
+        assert name in S.KNOWN.values()
+        monkeypatch.setitem(S.KNOWN, key, name)
+        S.list_name.cache_clear()
+        args, same = parse(flags), parse(f"--dataset imagenet --arch resnet50 --labels {labels}")
+        assert S.recipe(args) == S.recipe(same)
+        assert vars(S.derive(args, "finetune", 1)) == vars(S.derive(same, "finetune", 1))
+        assert S.paper_numbers(args) == S.paper_numbers(same) != {}
+    S.list_name.cache_clear()
+
+
+def test_wider_or_sk_networks_beyond_table_1_take_its_smaller_rate():
+    for flags, peak in (("--width 3", 0.064), ("--sk --labels 5", 0.064), ("--labels 5", 0.16)):
+        s = settings(f"--dataset imagenet --arch resnet50 {flags}", "finetune")
+        assert s.lr == pytest.approx(peak), flags
+
+
+def test_all_labels_start_from_the_input_of_the_head():
+    for dataset in ("digits", "cifar10", "imagenet"):
+        layers = [settings(f"--dataset {dataset} --labels {n}", "finetune").ft_proj_selector
+                  for n in (10, 100)]
+        assert layers == [1, 0], dataset
 
 
 def test_the_printed_imagenet_command_gives_the_number_beside_it():
@@ -299,6 +391,10 @@ def test_every_setting_is_a_flag_that_wins_for_the_named_stage():
         ("--batch-size 10 --accum-steps 4", "--accum-steps"), ("--alpha -1", "--alpha"),
         ("--batch-size 4 --accum-steps 4", "BatchNorm"), ("--alpha 2", "--alpha"),
         ("--blur 1.1", "--blur"), ("--memory-size -1", "--memory-size"),
+        ("--temperature 0", "--temperature"), ("--kd-temperature 0", "--kd-temperature"),
+        ("--jitter-strength 3", "--jitter-strength"), ("--width 0", "--width"),
+        ("--width nan", "--width"), ("--width -1", "--width"), ("--width inf", "--width"),
+        ("--width 0.1", "--width"), ("--crop-min 1.5", "--crop-min"), ("--blur nan", "--blur"),
     ],
 )  # fmt: skip
 def test_contradictory_settings_are_refused(text, flag):
@@ -679,6 +775,26 @@ def test_released_checkpoints_load(sk, form, tmp_path):
         wrong = S.Net(S.Encoder("resnet50", 0.125, sk_too), S.projection_head(256, layers))
         with pytest.raises(UserError, match=r"--init .*--sk.*--proj-layers"):
             S.load_init(wrong, str(tmp_path / "r50.pth"))
+
+
+@pytest.mark.parametrize("padded", [0, 1])
+def test_what_starts_from_a_run_has_its_padding(padded, tmp_path):
+    """However it came by it; a checkpoint of the run, also the one before, is the run."""
+    first = dict(script="simclrv2", args=dict(arch="resnet50", width=2.0, sk=True),
+                 settings=dict(pretrain=dict(tf_padding=padded)))
+    (tmp_path / "log.jsonl").write_text(json.dumps(first) + "\n")
+    for name in ("", checkpoint.NEWEST, checkpoint.PREVIOUS):
+        args = parse(f"--init {tmp_path / name} --stage finetune")
+        s = S.derive(args, "finetune", 1)
+        assert (S.init_kind(args), s.tf_padding) == ("run", padded), name
+        assert not padded or s.sources["tf_padding"] == f"as {tmp_path / name}"
+    assert S.teacher_row(parse(f"--teacher {tmp_path}")) == "resnet50_2x_sk"
+
+
+def test_a_run_of_another_script_is_no_teacher_and_no_start(tmp_path):
+    (tmp_path / "log.jsonl").write_text(json.dumps(dict(script="semi_vit", args={})) + "\n")
+    s = settings(f"--teacher {tmp_path} --init {tmp_path} --dataset imagenet", "distill")
+    assert (s.kd_temperature, s.tf_padding) == (1.0, 0)  # what the weights are is said on loading
 
 
 def test_released_weights_bring_the_authors_padding():
@@ -1401,12 +1517,19 @@ def pretrained(tiny, tmp_path_factory):
     ("--eval {pretrained}", "--eval {pretrained}: stage pretrain has no classifier"),
     ("--stage distill --teacher {pretrained}", "--teacher {pretrained}: stage pretrain has no"),
     ("--stage linear --init {pretrained} --width 1", "--init {pretrained}"),
-    ("--stage distill --teacher nowhere", "--teacher nowhere: no model.safetensors"),
+    ("--stage distill --teacher nowhere", "--teacher nowhere: no such folder"),
+    ("--stage distill --teacher {pretrained} --student-init pretrained", "--student-init"),
+    ("--stage sup --init {pretrained}", "--init {pretrained}: stage sup starts from scratch"),
+    ("--stage distill --teacher x --init {pretrained}", "--init {pretrained}: stage distill"),
+    ("--method linear --teacher {pretrained}", "--teacher {pretrained}: nothing is distilled"),
+    ("--predict nowhere", "--predict nowhere: no such picture or folder"),
+    ("--stage sup --width 0.05", "--width 0.05: the first stage of resnet_digits"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_one_line(flags, said, tiny, pretrained, tmp_path):
     flags, said = (text.format(pretrained=pretrained) for text in (flags, said))
     child = ends("simclrv2", SCRIPT.argv(tiny, flags), tmp_path, 2)
     assert child.err.startswith(f"error: {said}") and child.err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()  # refused before a folder is made
 
 
 def test_a_run_of_labels_alone_holds_no_pretrained_weights(tiny, tmp_path):
@@ -1438,10 +1561,99 @@ def test_labels_of_unlabelled_images_change_nothing_but_one_logged_number(tiny, 
     assert seen[0] == seen[1]
 
 
+CHANGES = {  # flags that must change the first losses of a stage
+    "pretrain": "--epochs 2; --batch-size 4; --optimizer sgd; --lr 0.5; --warmup-epochs 0.4;"
+    " --weight-decay 0.5; --crop-min 0.9; --jitter-strength 0.1; --blur 0; --temperature 0.5;"
+    " --memory-size 0; --memory-size 20; --ema-decay 0; --unlabeled-pool rest; --proj-layers 2",
+    "sup": "--epochs 9; --batch-size 4; --optimizer lars; --lr 0.5; --warmup-epochs 1;"
+    " --weight-decay 0.5; --crop-min 0.9; --augment strong; --label-smoothing 0.1",
+    "linear": "--epochs 9; --batch-size 4; --optimizer lars; --lr 0.1; --warmup-epochs 1;"
+    " --weight-decay 0.5; --crop-min 0.9; --augment strong; --label-smoothing 0.1;"
+    " --ft-proj-selector 1",
+    "finetune": "--epochs 9; --batch-size 4; --optimizer sgd; --lr 0.5; --warmup-epochs 1;"
+    " --weight-decay 0.5; --crop-min 0.9; --augment strong; --label-smoothing 0.1;"
+    " --ft-proj-selector 0; --ft-proj-selector 2; --follow D3=code",
+    "distill": "--epochs 2; --batch-size 4; --optimizer sgd; --lr 0.1; --warmup-epochs 0.4;"
+    " --weight-decay 0.5; --crop-min 0.9; --augment strong; --alpha 0.9; --alpha 1;"
+    " --kd-temperature 3; --student-init pretrained; --unlabeled-pool rest; --follow D4=code;"
+    " --kd-set labeled --epochs 2.8 --warmup-epochs 0.8",  # as many updates, the same rates
+}
+
+
+def run_each(base, changes):
+    """In a child: six updates with each of the changed flags, into folders 0, 1, ..."""
+    for k, change in enumerate(changes):
+        with contextlib.suppress(SystemExit):
+            argv = [*base, *change.split(), "--output", str(k), "--stop-after", "6"]
+            run_script("simclrv2", argv)
+
+
+def test_each_stage_has_its_optimiser_and_trains_what_it_says(tiny, straight, tmp_path):
+    run = straight(SCRIPT)
+    starts = dict(pretrain="", sup="", linear=f"--init {run}", finetune=f"--init {run}",
+                  distill=f"--teacher {run}")
+    flags = [f"--stage {stage} {start}" for stage, start in starts.items()]
+    child = Child(run_each, SCRIPT.argv(tiny), flags, cwd=tmp_path)
+    assert child.wait() == 0, child.err
+    states = [checkpoint.load_newest(tmp_path / str(k)) for k in range(5)]
+    found = {x["stage"]: {g["name"]: (g["adapt"], g["weight_decay"], g["nesterov"])
+                          for g in x["optimizer"]["param_groups"]} for x in states}
+    excluded, sgd = (False, 0.0, False), (False, 1e-4, True)
+    assert found == {
+        "pretrain": dict(kernels=(True, 1e-4, False), norms=excluded),
+        "sup": dict(kernels=sgd, classifier=sgd, norms=(False, 0.0, True), biases=sgd),
+        "linear": dict.fromkeys(("classifier", "biases"), (False, 1e-6, True)),  # f is fixed
+        "finetune": dict(kernels=(True, 0.0, False), classifier=excluded, norms=excluded,
+                         biases=excluded),
+        "distill": dict(kernels=(True, 1e-4, False), classifier=(True, 1e-4, False),  # E6
+                        norms=excluded, biases=excluded),
+    }
+    given, now = states[2]["carried"]["pretrain"], states[2]["model"]
+    assert all(torch.equal(v, given[k]) for k, v in now.items() if k.startswith("encoder"))  # E7
+    assert now["classifier.weight"].any()
+
+
+@pytest.mark.parametrize("stage", CHANGES)
+def test_every_setting_of_a_stage_reaches_its_updates(stage, tiny, straight, tmp_path):
+    """No flag that does nothing: each changes the losses, but the first change, which is none."""
+    start = dict(distill=f"--teacher {straight(SCRIPT)}", pretrain="", sup="")
+    base = SCRIPT.argv(tiny, f"--stage {stage} " + start.get(stage, f"--init {straight(SCRIPT)}"))
+    changes = ["", *(c.strip() for c in CHANGES[stage].split(";"))]
+    pretrained = f" --init {straight(SCRIPT)}"
+    given = [c + pretrained if "pretrained" in c else c for c in changes]
+    child = Child(run_each, base, given, cwd=tmp_path)
+    assert child.wait() == 0, child.err
+    losses = [[x["loss"] for x in lines_of(tmp_path / str(k), stage) if "loss" in x]
+              for k in range(len(changes))]
+    if stage != "distill":  # there it has another teacher
+        whole = [x["loss"] for x in lines_of(straight(SCRIPT), stage) if "loss" in x]
+        assert losses[0] == whole[:3]
+    unchanged = [c for c, x in zip(changes[1:], losses[1:]) if x == losses[0] or len(x) != 3]
+    assert not unchanged
+    named = {f"--{n.replace('_', '-')}" for n in S.SETTINGS if stage in S.ONLY_IN.get(n, S.STAGES)}
+    missing = named - {c.split()[0] for c in changes[1:]} - {"--lr-base", "--lr-scaling"}
+    assert not missing  # those two make the default of --lr
+
+
+def steps_see_no_label(script):
+    """Eq. 2 alone: a distillation step is given no label at all."""
+    step = script.distill_step
+
+    def watched(student, teacher, x, s, precision, x_l=None, y_l=None):
+        assert x_l is None and y_l is None
+        return step(student, teacher, x, s, precision)
+
+    script.distill_step = watched
+
+
+def test_distilling_without_labels_is_given_none(tiny, straight, tmp_path):
+    argv = SCRIPT.argv(tiny, f"--stage distill --teacher {straight(SCRIPT)} --alpha 1")
+    ends("simclrv2", argv, tmp_path, setup=steps_see_no_label)
+    assert "teacher_acc" in lines_of(only_run(tmp_path), "distill")[0]
+
+
 def test_a_plain_resnet_is_timms(tiny, tmp_path):
     """model.safetensors of stage sup, as the README says; and --eval and --teacher read it too."""
-    import json
-
     import timm
     from safetensors import safe_open
 
