@@ -1127,8 +1127,9 @@ def run_stage(stage, model, moments, data, split, s, args, run, resume):
         if run.precision.scaler is not None and resume["scaler"]:
             run.precision.scaler.load_state_dict(resume["scaler"])
         checkpoint.restore_rng(resume["rng"], run.rank, seed_of(args.seed, stage, run.rank, start))
-    if args.compile:
-        model.compile()  # in place: the keys of the state dict stay clean
+    if args.compile:  # in place: the keys of the state dict stay clean
+        torch.compiler.reset()  # a stage has its own sizes, and each size its own graph
+        model.compile(dynamic=False)
     student = model
     if run.world > 1:  # the only buffers are LoMaR's constant tables
         student = nn.parallel.DistributedDataParallel(model, device_ids=run.device_ids,

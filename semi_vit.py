@@ -355,6 +355,9 @@ def parse_args(argv=None):
                    "digits, else 10 [Sec. 4: 1 and 10]")
     flags.add_settings(p, SETTINGS, STAGES)
     flags.add_running(p, SCRIPT)
+    p.add_argument("--checkpoint-blocks", action="store_true", help="keep the inputs of blocks and "
+        "compute the rest again in the backward pass: much less memory, a third more time; for L "
+        "and H [README]")
     args = p.parse_args(argv)
     flags.check(p, args)
     args.dataset = args.dataset or ("folder" if args.data_path else "digits")
@@ -592,6 +595,7 @@ def build_model(args, num_classes: int, drop_path: float = 0.0, pretrained=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--arch {args.arch}: timm cannot build it with these flags: "
                         f"{reason}") from None
+    model.set_grad_checkpointing(args.checkpoint_blocks)
     if args.arch.startswith("convnext"):
         return model  # layer scale 1e-6, head scale 1: timm's own are the authors'
     with torch.no_grad():
@@ -985,8 +989,10 @@ def run_stage(stage, model, warm_teacher, data, split, s, args, run, resume):
         if run.precision.scaler is not None and resume["scaler"]:
             run.precision.scaler.load_state_dict(resume["scaler"])
         checkpoint.restore_rng(resume["rng"], run.rank, seed_of(args.seed, stage, run.rank, start))
-    if args.compile:
-        model.compile()  # in place: the keys of the state dict stay clean
+    if args.compile:  # in place: the keys of the state dict stay clean
+        torch.compiler.reset()  # a stage has its own sizes, and each size its own graph
+        for network in (model, teacher.module) if stage == "semi" else (model,):
+            network.compile(dynamic=False)
     student = model
     if run.world > 1:
         student = nn.parallel.DistributedDataParallel(model, device_ids=run.device_ids)

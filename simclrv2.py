@@ -526,9 +526,10 @@ def view_lists(dataset: str, size: int, s) -> dict[str, list]:
     )
 
 
-def draw_blur(n: int, share: float = 0.5) -> tuple[Tensor, Tensor]:
+def draw_blur(n: int, share: float = 0.5, device="cpu") -> tuple[Tensor, Tensor]:
     """For one view of a replica's batch: sigma () ~ U(0.1, 2), and on or off (n,)."""
-    return torch.empty(()).uniform_(0.1, 2.0), torch.rand(n) < share
+    sigma = torch.empty((), device=device).uniform_(0.1, 2.0)
+    return sigma, torch.rand(n, device=device) < share
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, on: Tensor) -> Tensor:
@@ -1327,8 +1328,10 @@ def run_stage(stage, model, teacher, data, split, s, args, run, resume):
         if run.precision.scaler is not None and resume["scaler"]:
             run.precision.scaler.load_state_dict(resume["scaler"])
         checkpoint.restore_rng(resume["rng"], run.rank, seed_of(args.seed, stage, run.rank, start))
-    if args.compile:
-        model.compile()  # in place: the keys of the state dict stay clean
+    if args.compile:  # in place: the keys of the state dict stay clean
+        torch.compiler.reset()  # a stage has its own sizes, and each size its own graph
+        for network in (model,) if teacher is None else (model, teacher):
+            network.compile(dynamic=False)
     student = model
     if run.world > 1:  # global BatchNorm keeps the buffers equal by itself
         student = nn.parallel.DistributedDataParallel(model, device_ids=run.device_ids,
@@ -1356,7 +1359,7 @@ def run_stage(stage, model, teacher, data, split, s, args, run, resume):
     def contrast_update(parts):  # Eq. 1 is no sum over parts: they are joined, then cut again
         x1, x2 = (images([torch.cat(t) for t in zip(*view)]) for view in zip(*parts))
         if s.blur:
-            x1, x2 = (gaussian_blur(x, *draw_blur(len(x), s.blur)) for x in (x1, x2))
+            x1, x2 = (gaussian_blur(x, *draw_blur(len(x), s.blur, x.device)) for x in (x1, x2))
         keys = now = None
         if key_net is not None:
             keys = memory_keys(key_net.module, x1, x2, run.precision, args.accum_steps)

@@ -31,10 +31,15 @@ class Ema(nn.Module):
         ours, theirs = self.module.state_dict(), model.state_dict()
         floats = [k for k, v in ours.items() if v.is_floating_point()]
         e, s = [ours[k] for k in floats], [theirs[k].to(ours[k].dtype) for k in floats]
+        others = [k for k, v in ours.items() if not v.is_floating_point()]
+        old, new = [ours[k] for k in others], [theirs[k] for k in others]
         if applied is None:
             torch._foreach_lerp_(e, s, 1.0 - decay)
         else:
-            torch._foreach_lerp_(e, s, [((1.0 - decay) * applied).to(t.dtype) for t in e])
-        for k, v in ours.items():
-            if not v.is_floating_point():
-                v.copy_(theirs[k] if applied is None else torch.where(applied > 0, theirs[k], v))
+            # A weight of the device makes one lerp per tensor; to blend by foreach and then choose
+            # with the mask would read and write three times as much, and need a third copy.
+            weight, moves = (1.0 - decay) * applied, applied > 0
+            torch._foreach_lerp_(e, s, [weight.to(t.dtype) for t in e])
+            new = [torch.where(moves, n, o) for n, o in zip(new, old)]
+        if old:
+            torch._foreach_copy_(old, new)

@@ -54,11 +54,11 @@ class Images:
 def open_image(path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)  # no copy of the upright ones
             if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion would clip at 255
                 grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
                 image = Image.fromarray(grey.astype(np.uint8))
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")  # which copies too
     except Exception as error:  # each format of a broken file has its own class of error
         raise BadImage(f"{path}: {type(error).__name__}: {error}") from None
 

@@ -12,7 +12,8 @@ from common.splits import UserError
 # Never part of what is computed: these may change when a run goes on.
 HOW_TO_RUN = set(
     "device dtype compile workers deterministic output resume save_every print_every max_bad_images"
-    " predict eval dry_run data_path stop_after accum_steps attention compare".split()
+    " predict eval dry_run data_path stop_after accum_steps attention compare checkpoint_blocks"
+    .split()
 )
 
 

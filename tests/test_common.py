@@ -1,6 +1,7 @@
 """common/: checkpoints (R3, R4, R11, R15), pictures (R13), streams, layouts, EMA, precision."""
 
 import errno
+import gc
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ import time
 import zlib
 from functools import partial
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from conftest import Child
 from PIL import Image
 from torch import nn
 
-from common import checkpoint, log
+from common import checkpoint, log, streams
 from common.amp import Precision
 from common.data import load_dataset
 from common.ema import Ema
@@ -759,6 +761,31 @@ def test_seeds_are_the_same_on_every_machine():
         seed_of("a", 1)
         == int.from_bytes(hashlib.blake2b(b"('a', 1)", digest_size=8).digest(), "big") >> 1
     )
+
+
+def reachable(thing) -> int:
+    """How many Python objects a thing holds; their reference counts change when they are read."""
+    seen, waiting = {}, [thing]
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in seen and not isinstance(one, (type, ModuleType, FunctionType)):
+            seen[id(one)] = one
+            waiting += gc.get_referents(one)
+    return len(seen)
+
+
+def test_a_worker_holds_no_python_object_per_picture():
+    """A forked worker shares pages with its parent until it touches them: arrays stay shared."""
+
+    def held(count):
+        ids = np.array([f"train/c/{k:07d}.jpg".encode() for k in range(count)])
+        images = Images(ids, np.zeros(count, np.int64), Path("root"))
+        stream = Stream("s", np.arange(count), 4, 0)
+        views = Views(images.take(stream.positions), [Size()], 0, "s", stream.positions)
+        return reachable((views, streams._Share(stream, 0, 10, 0, 1, 1)))
+
+    assert held(100_000) == held(100) < 1000
+    assert reachable([str(k) for k in range(100)]) > 100  # what it would see
 
 
 def test_views_travel_to_spawned_workers():

@@ -888,6 +888,27 @@ def test_initial_weights_have_the_authors_scale():
     assert model.blocks[3].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.02)
 
 
+def test_checkpointed_blocks_change_memory_and_no_number():
+    x, found = torch.randn(4, 3, 28, 28), []
+    for flag in ("", "--checkpoint-blocks"):
+        torch.manual_seed(0)
+        model = S.build_model(parse(flag), K, drop_path=0.5)
+        nn.init.normal_(model.head.weight)
+        torch.manual_seed(1)  # the blocks that are computed again drop the same paths
+        loss = model(x).square().sum()
+        loss.backward()
+        found.append((loss, {name: p.grad for name, p in model.named_parameters()}))
+    (loss, grads), (loss_2, grads_2) = found
+    assert torch.equal(loss, loss_2) and grads.keys() == grads_2.keys()
+    assert all(torch.equal(grads[name], grads_2[name]) for name in grads)
+    rules = [S.flags.mathematics(parse(flag), "", {}) for flag in ("", "--checkpoint-blocks")]
+    assert rules[0] == rules[1]
+    for arch in ("vit_base", "convnext_tiny"):
+        args = [parse(f"--dataset imagenet --arch {arch} {f}") for f in ("", "--checkpoint-blocks")]
+        kept, kept_2 = (S.report.cost(S.on_meta(a, K), 224)["kept"] for a in args)
+        assert kept_2 < kept / 5
+
+
 def test_mocov3_vit_small_has_12_heads_and_the_flag_wins():
     def heads(text):
         return meta_model(f"--dataset imagenet --arch {text}").blocks[0].attn.num_heads
@@ -1025,6 +1046,31 @@ def test_erasing_boxes_are_those_of_timm(reprob):
         assert torch.equal(hit, want)
         erased += bool(hit.any())
     assert {1.0: erased == 300, 0.25: 50 < erased < 100, 0.0: erased == 0}[reprob]
+
+
+class Canvas:
+    """Stands for a picture, and remembers which box was last erased."""
+
+    box = (0, 0, 0, 0)
+
+    def __setitem__(self, at, _):
+        _, rows, columns = at
+        self.box = rows.start, rows.stop, columns.start, columns.stop
+
+
+def test_erasing_has_timms_distribution_over_20000_draws():
+    """One sequence of draws, box for box: share, area, aspect and place are timm's."""
+    ours = S.ToBytes(0.25)
+    theirs = RandomErasing(0.25, mode="const", min_count=1, max_count=1, device="cpu")
+    random.seed(0)
+    found = [tuple(ours.draw_box(224, 224).tolist()) for _ in range(20_000)]
+    random.seed(0)
+    want = []
+    for _ in range(20_000):
+        canvas = Canvas()
+        theirs._erase(canvas, 3, 224, 224, torch.float32)
+        want.append(canvas.box)
+    assert found == want and len(set(found)) > 4_000
 
 
 def test_erasing_comes_after_normalising():
