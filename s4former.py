@@ -57,6 +57,9 @@ disagree, are the table DEPARTURES below, chosen with --follow. The rest, decide
   E11 Equally confident patches: the earlier one counts as the more confident.
   E12 The class token's query counts as unsure, with confidence 0; no query is pushed towards it.
   E13 vit_digits, the scenes and stage pretrain are ours.
+  E14 On the paper's data (voc, cityscapes, coco) stage semi starts from --init, as in Algorithm 1
+      and the code, and stage sup is a baseline beside it; --stage semi leaves that out. Elsewhere
+      stage semi goes on from stage sup: short runs need a teacher that knows something.
 
 --accum-steps: CutMix partners, BatchNorm statistics and the coin of CutMix are then of a part.
 """
@@ -192,7 +195,7 @@ SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a fla
     "warmup_iterations": (int, _by(0), "linear warm-up from a millionth [authors' code]"),
     "warmup_epochs": (float, _by(None), "instead of --warmup-iterations [UniMatch's recipes]"),
     "weight_decay": (float, _by(0.0), "with adamw and adam not on norms [authors' code]"),
-    "drop_path": (float, _by(0.0), "stochastic depth of MiT [NVlabs: 0.1]"),
+    "drop_path": (float, _by(0.0), "stochastic depth of ViT and MiT [NVlabs: 0.1 for MiT]"),
     "aux_weight": (float, _by(0.4), "of each auxiliary head's CE [authors' code]"),
     "freeze_bn": (int, _by(0), "1: BatchNorm keeps the running statistics that it starts with; for "
         "very small batches [README]"),
@@ -278,6 +281,7 @@ RECIPES = {  # (data set, arch's family, init, labels): {stage: settings that di
 
 # The paper's own mIoU on the validation set of Pascal VOC, by number of labelled images
 _CLASSIC, _BLEND = (92, 183, 366, 732, 1464), (662, 1323, 2646)
+UNIMATCH_LISTS = {662: "1_16", 1323: "1_8", 2646: "1_4"}  # folders of the blend lists on VOC
 
 
 def _row(text, numbers=_CLASSIC + _BLEND):
@@ -317,17 +321,18 @@ PRODUCT = {50.0: 78.8, 100.0: 78.4}  # alpha of Eq. 4, PASA alone, 92 labelled i
 
 _SEMI = dict(stage="semi")
 DEPARTURES = {  # where, setting, recommended, paper, code (None: silent, as recommended), source
-    "D1": (_SEMI, "ncr_branches", "aug", "both", "aug",
+    "D1": (dict(_SEMI, method=("fixmatch", "mean_teacher", "base", "s4former", "augseg")),
+           "ncr_branches", "aug", "both", "aug",
            "Algorithm 1 sums both branches; code: that of PASA is computed and dropped"),
     "D2": (dict(_SEMI, ncr="ncr"), "ncr", "ncr", "ncr_sq", "ncr",
-           "All-CR (Eq. 6) is squared; code: root of the sum of squares"),
+           "All-CR (Eq. 6) is squared, NCR alike (our reading); code: root of the sum of squares"),
     "D3": (_SEMI, "ncr_teacher", "mixed", None, "unmixed",
            "code: z_T is not mixed with the image; in the box NCR compares unrelated pixels"),
     "D4": (_SEMI, "pasa_conf", "binary", "soft", "binary",
            "Algorithm 1: C is the largest probability; code: 1 where it exceeds tau"),
     "D5": (_SEMI, "pasa_rows", "half", "median", "half",
            "supp. S1.3: strictly above the median; code: exactly half of the patches"),
-    "D6": (dict(_SEMI, family="mit"), "pasa_mit_quirk", 0, 0, 1,
+    "D6": (dict(_SEMI, family="mit", pasa="ours"), "pasa_mit_quirk", 0, 0, 1,
            "code: Reverse2's values, half of the rows counted from the second patch and shifted"),
     "D7": (_SEMI, "teacher_init", "copy", "copy", "separate",
            "Algorithm 1: theta_T = theta_S; code: another random decoder"),
@@ -370,7 +375,10 @@ def parse_args(argv=None):
     add("--compare", metavar="RUN", help="with --eval: this run's masks beside the other's, and "
         "the gain per class [supp. Figures S2, S4]")
     flags.add_data(p, DATASETS, "labelled percent of the images; default 3 on digits, else 12.5 "
-                   "[supp. S2: 1/16 to 1/2]")
+                   "[supp. S2: 1/16 to 1/2]",
+                   "images/{train,val}/ and masks/{train,val}/, perhaps images/unlabeled/; or the "
+                   "data set as published [common/masks.py]",
+                   "labelled images in all, instead of --labels [README]")
     flags.add_settings(p, SETTINGS, STAGES)
     flags.add_running(p, SCRIPT)
     args = p.parse_args(argv)
@@ -410,6 +418,11 @@ def stages_of(args) -> list[str]:
     return [*first, "sup"] + ["semi"] * (args.method != "sup")
 
 
+def semi_goes_on(args) -> bool:
+    """Whether stage semi starts from the end of stage sup, or from --init as that did (E14)."""
+    return args.dataset not in ("voc", "cityscapes", "coco")
+
+
 def recipe(args):
     """(key, row): the most special row of RECIPES for these flags."""
     family = ARCHS[args.arch]["family"]
@@ -430,7 +443,7 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
         layers += [(f"--method {args.method}", METHODS[args.method])]
         layers += [("--with-ours", OURS)] if args.with_ours else []
     facts = dict(dataset=args.dataset, family=arch["family"], stage=stage, method=args.method)
-    for name in ("ncr", "strong", "pseudo"):  # what a departure may depend on
+    for name in ("ncr", "strong", "pseudo", "pasa"):  # what a departure may depend on
         usual = {k: v for _, changes in layers for k, v in changes.items()}.get(name)
         facts[name] = (getattr(args, name) or {}).get(stage, usual or SETTINGS[name][1][stage])
     ignored = (SEMI_ONLY if stage != "semi" else set()) | (
@@ -468,6 +481,14 @@ def check_settings(s, stage, args, arch):
             raise UserError(f"{flag(name)}: from 0 to 1")
     if not 0 < s.scale_min <= s.scale_max:
         raise UserError(f"{flag('scale_min')}, {flag('scale_max')}: above 0 and in this order")
+    if s.min_lr > s.lr:
+        raise UserError(f"{flag('lr')}: below its floor, {flag('min_lr')}; give both")
+    if stage == "semi" and args.method == "augseg" and (s.pseudo, s.soft_form) == (
+            "soft", "teacher"):
+        raise UserError("--pseudo soft: --method augseg pastes labelled pixels, of which the "
+                        "teacher says nothing; choose another --method")
+    if s.drop_path and arch["family"] == "deeplab":
+        raise UserError(f"{flag('drop_path')}: {args.arch} has none")
     size, tile = image_size(args), s.shuffle_tile
     if size % arch["stride"]:
         raise UserError(f"--image-size {size}: no multiple of {arch['stride']}, the coarsest grid "
@@ -938,7 +959,7 @@ def build_encoder(args, drop_path: float = 0.0):
     """(encoder, channels of each output)."""
     arch = ARCHS[args.arch]
     if arch["family"] == "vit":
-        return (ViT(image_size(args), **arch["encoder"]),
+        return (ViT(image_size(args), drop_path_rate=drop_path, **arch["encoder"]),
                 [arch["encoder"]["embed_dim"]] * len(arch["encoder"]["outputs"]))
     if arch["family"] == "mit":
         return MiT(**arch["encoder"], drop_path_rate=drop_path), list(arch["encoder"]["embed_dims"])
@@ -1084,11 +1105,14 @@ def load_init(model: SegModel, args) -> str:
                if kind != "run" or k.startswith("encoder.")}
     new = split_qkv(new) if kind == "mmlab_mit" else new
     own = part.state_dict()
-    if kind == "deit" and "dist_token" in state["model"]:  # the distilled DeiT's second token
+    keys = state["model"] if kind in ("deit", "run") else state
+    if any(str(k).endswith("dist_token") for k in keys):  # the distilled DeiT's second token
         new["pos_embed"] = torch.cat([new["pos_embed"][:, :1], new["pos_embed"][:, 2:]], 1)
     for name in [k for k in ("pos_embed", "encoder.pos_embed") if k in new and k in own]:
         if new[name].shape[1] != own[name].shape[1]:
             side = math.isqrt(new[name].shape[1] - 1)
+            if side * side != new[name].shape[1] - 1:
+                raise UserError(f"{what}: {new[name].shape[1] - 1} positions are no square grid")
             new[name] = resize_pos_embed(new[name], (side, side),
                                          model.encoder.patch_embed.grid_size)
     weights.load_exactly(part, new, set(), what)
@@ -1470,7 +1494,7 @@ def s4former_step(student, teacher, x_l, y_l, x_u, s, precision, draws=None):
 
 
 def augseg_step(student, teacher, x_l, y_l, x_u, s, precision, draws=None):
-    """AugSeg: the same with adaptive CutMix [dossier of its code: issue ZhenZHAO/AugSeg #24].
+    """AugSeg: the same with adaptive CutMix [AugSeg's code and its issue 24].
 
     draws: perm_q (N_u,) partners, lam_l, lam_u (N_u,), centres (2, N_u, 2), paste (N_u,), and those
     of the passes. The rest as in s4former_step.
@@ -1695,6 +1719,7 @@ def run_stage(stage, model, data, digits, split, s, args, run, resume):
     teacher = None
     if stage == "semi":
         teacher = Ema(model)
+        teacher.module.aux = nn.ModuleList()  # auxiliary heads serve supervised passes alone
         if s.teacher_init == "separate":  # D7
             teacher.module.head.load_state_dict(build_model(args, len(classes)).head.state_dict())
         if 0 < s.ema_decay < 1 and total < 3 / (1 - s.ema_decay):
@@ -1863,8 +1888,8 @@ def main(args):
     # What will be trained, on what
     stages = stages_of(args)
     settings = {x: derive(args, x, run.world) for x in stages}
-    split = choose_split(args, data, derive(args, "semi", run.world).unlabeled_pool,
-                         3 if args.dataset == "digits" else 12.5)
+    pool = settings["semi"].unlabeled_pool if "semi" in stages else args.unlabeled_pool or "rest"
+    split = choose_split(args, data, pool, 3 if args.dataset == "digits" else 12.5)
     for x, s in settings.items():
         in_updates(s, {"semi": len(split.unlabeled), "sup": len(split.labeled)}.get(
             x, len(digits.train) if digits else 0))
@@ -1879,7 +1904,6 @@ def main(args):
     if "semi" in stages and not len(split.unlabeled):
         raise UserError("--labels: no image is left unlabelled; lower it, or --unlabeled-pool all")
     run.recipe = flags.mathematics(args, split.sha256, {x: settings[x] for x in stages})
-    run.recipe = {k: v for k, v in run.recipe.items() if k != "compare"}
 
     # A new run, or one that goes on
     state = None
@@ -1904,11 +1928,12 @@ def main(args):
     largest = max(passes.get(x, 1) * settings[x].micro_batch for x in stages)
     halved = run.precision.dtype != torch.float32
     report.refuse_too_large(costs, largest, halved, run.device, args.accum_steps)
-    before = start = None
-    if args.init and state is None:
+    first = start = None  # what the first stage starts from; later ones from `before`
+    ahead = state is None or "semi" in stages and state["stage"] == "sup" and not semi_goes_on(args)
+    if args.init and ahead:
         torch.manual_seed(seed_of(args.seed, "model"))
-        before = build_model(args, len(data.classes))
-        start = f"start: {args.init}, format {load_init(before, args)}"
+        first = build_model(args, len(data.classes))
+        start = f"start: {args.init}, format {load_init(first, args)}"
 
     if run.folder is None:
         run.folder = log.new_run(SCRIPT, args.output, run.rank)
@@ -1924,9 +1949,12 @@ def main(args):
         run.log.say(start)
     greet(args, split, {x: settings[x] for x in stages}, run)
 
+    before = first
     for stage in stages:
         if state and STAGES.index(stage) < STAGES.index(state["stage"]):
             continue
+        if stage == "semi" and not semi_goes_on(args):
+            before = first  # E14
         torch.manual_seed(seed_of(args.seed, "model"))  # the same weights on every process
         model = stage_model(args, stage, settings[stage], len(data.classes), before, run)
         resume = state if state and state["stage"] == stage else None
@@ -2000,6 +2028,11 @@ def greet(args, split, settings, run):
         run.log.say("warning: no --init: the encoder starts from random weights")
     run.log.say(f"recipe {key}: {row['source']}")
     run.log.say(split.describe())
+    semi = settings.get("semi")
+    if semi and semi.micro_batch * semi.unlabeled_ratio < 2 and args.method != "unimatch" and (
+            semi.strong in ("cutmix", "classmix", "mixunmix")):
+        run.log.say(f"warning: --strong {semi.strong} mixes the images of one process and part, "
+                    "and there is one: it does nothing; raise --batch-size")
     for stage, s in settings.items():
         unlabeled = f" + {s.unlabeled_ratio} x unlabelled" if stage == "semi" else ""
         what = "scenes of four digits" if stage == "pretrain" else "labelled"
@@ -2090,7 +2123,10 @@ def evaluate_run(args, data, run):
     results = {args.eval: evaluate(model, data.val, view, s, run, data.classes)}
     models = {args.eval: model}
     if args.compare:
-        models[args.compare] = load_final(args.compare, "--compare")[0].to(run.device)
+        other, its = load_final(args.compare, "--compare")
+        if its["classes"] != data.classes:
+            raise UserError(f"--compare {args.compare}: a run with other classes")
+        models[args.compare] = other.to(run.device)
         results[args.compare] = evaluate(models[args.compare], data.val, view, s, run, data.classes)
     if run.rank:
         return
@@ -2115,6 +2151,8 @@ def predict(args, model, data, s, run, folder):
     source, pictures = Path(args.predict), pictures_at(args.predict)
     view = Compose(view_lists(args.dataset, run.image_size, s)["evaluate"])
     model.eval()
+    # a class 0 that is (nearly) black in the palette is background: a veil would only darken it
+    clear = (IGNORE, 0) if data.palette[0].max() <= 32 else (IGNORE,)
     for i in range(len(pictures)):
         file, picture = Path(os.fsdecode(pictures.ids[i])), pictures.pil(i)
         seen = [t.unsqueeze(0) for t in view(picture, None)]
@@ -2125,7 +2163,7 @@ def predict(args, model, data, s, run, folder):
         for path in (masks, overlays):
             path.parent.mkdir(parents=True, exist_ok=True)
         save_mask(ids, masks, data.palette)
-        shown = overlay(TF.pil_to_tensor(picture), ids, data.palette)
+        shown = overlay(TF.pil_to_tensor(picture), ids, data.palette, clear=clear)
         TF.to_pil_image(shown).save(overlays)
     print(f"predictions: {folder / 'predictions'}: masks, overlays")
 
@@ -2243,8 +2281,10 @@ def labelled_images(args) -> int | None:
     if args.num_labels:
         return args.num_labels
     if args.labels_file:
-        found = re.findall(r"\d+", "/".join(Path(args.labels_file[0]).parts[-2:]))
-        found = [int(n) for n in found if int(n) in _CLASSIC + _BLEND]
+        parts = Path(args.labels_file[0]).parts[-2:]
+        blend = [n for n, name in UNIMATCH_LISTS.items() if name in parts and args.dataset == "voc"]
+        found = re.findall(r"\d+", "/".join(parts))
+        found = blend or [int(n) for n in found if int(n) in _CLASSIC + _BLEND]
         return found[-1] if found else None
     return None
 
@@ -2257,7 +2297,8 @@ def paper_args(args) -> SimpleNamespace:
     init = dict(mit=f"{arch}.pth", deeplab="resnet101.pth").get(family, "deit_base.pth")
     init = "timm" if arch == "vit_large" else init
     n = labelled_images(args) or 92
-    files = [f"splits/pascal/{n}/labeled.txt"] if dataset == "voc" else args.labels_file
+    folder = UNIMATCH_LISTS.get(n, n)
+    files = [f"splits/pascal/{folder}/labeled.txt"] if dataset == "voc" else args.labels_file
     changed = dict(arch=arch, dataset=dataset, init=args.init or init, labels=None, num_labels=None,
                    labels_file=files, image_size=None, train_scenes=None, val_scenes=None)
     if dataset != "voc" and not files:

@@ -25,14 +25,14 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def add_data(parser, datasets, labels_help: str):
+def add_data(parser, datasets, labels_help: str, path_help=None, number_help=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=datasets, help="default: digits, or folder with --data-path [README]")
-    add("--data-path", metavar="DIR", help="train/<class>/ and val/<class>/; or labeled/<class>/, "
-        "unlabeled/ and perhaps val/; or what torchvision expects [README]")
+    add("--data-path", metavar="DIR", help=path_help or "train/<class>/ and val/<class>/; "
+        "or labeled/<class>/, unlabeled/ and perhaps val/; or what torchvision expects [README]")
     add("--labels", type=float, metavar="PERCENT", help=labels_help)
-    add("--num-labels", type=int, metavar="N", help="labelled images in all, equally many per "
-        "class; instead of --labels [README]")
+    add("--num-labels", type=int, metavar="N", help=number_help or "labelled images in all, "
+        "equally many per class; instead of --labels [README]")
     add("--labels-file", nargs="+", metavar="LIST", help="published list of the labelled images, "
         "and perhaps one of the unlabelled [README]")
     add("--split-seed", type=int, default=0, help="draw of the labelled images [README]")
