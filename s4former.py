@@ -39,7 +39,7 @@ How to run
 Departures. D1 to D15, where the paper (of which we have the supplement) and the authors' code
 disagree, are the table DEPARTURES below, chosen with --follow. The rest, decided once:
   E1  The code crops unlabelled images with the help of their masks (cat_max_ratio). Here nothing
-      reads those masks but one logged number; no switch.
+      opens those masks (of the digit scenes: two logged numbers); no switch.
   E2  Single-branch methods (no PASA) weigh L_A by 1: as released they train supervised only.
   E3  The supplement's loss of UniMatch + Ours has three student streams; the weak view passes with
       feature dropout or PASA. Its teacher is the EMA teacher; the code's is not released.
@@ -1681,8 +1681,8 @@ def attention_of(vit: ViT, x: Tensor, query: Tensor) -> Tensor:
 def stage_batches(stage, data, digits, split, s, args, run, start, total, bad):
     """Batches of a stage: tensors of each update and part, on the host.
 
-    pretrain (digits, y); sup the labelled view; semi that and the unlabelled ones, whose masks,
-    where all are known, are there for a logged number alone.
+    pretrain (digits, y); sup the labelled view; semi that and the unlabelled ones. Files with masks
+    of unlabelled pictures are not opened; the scenes' masks, in memory, serve two logged numbers.
     """
     how = dict(start=start, stop=total, rank=run.rank, world=run.world, accum=args.accum_steps,
                workers=run.workers, pin=run.device.type == "cuda", bad=bad)
@@ -1702,7 +1702,7 @@ def stage_batches(stage, data, digits, split, s, args, run, start, total, bad):
              view_lists(args.dataset, run.image_size, s, 3 if host else 2).items()}
     loaders = [of("labeled", split.labeled, s.batch_size, views["labeled"])]
     if stage == "semi":
-        known = bool(data.train.has_mask[split.unlabeled].all())
+        known = data.train.masks is not None
         for name in ("unlabeled", "mix")[: 1 + host]:
             loaders.append(of(name, split.unlabeled, s.unlabeled_ratio * s.batch_size,
                               views["unlabeled"], masked=known and name == "unlabeled"))
@@ -1786,7 +1786,8 @@ def run_stage(stage, model, data, digits, split, s, args, run, resume):
                     x_u, truth = on_device(batch[1])
                     x_u += [x for seen in batch[2:] for x in on_device(seen)[0]]
                     losses, y_hat, c = semi_step(student, teacher, x_l, y_l, x_u, s, run.precision)
-                    losses |= pseudo_accuracy(y_hat, c > s.tau, truth)
+                    if data.train.masks is not None:  # digit scenes
+                        losses |= pseudo_accuracy(y_hat, c > s.tau, truth)
             run.precision.backward(losses["loss"] / args.accum_steps)
         parts.append({k: v.detach() for k, v in losses.items()})
         if not last_part:
@@ -1838,7 +1839,7 @@ def average(means: dict, moving: list, world: int):
 
 
 def pseudo_accuracy(y_hat: Tensor, sure: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """The only use of unlabelled images' masks, where they are known: two logged numbers."""
+    """The only use of unlabelled images' masks, of digit scenes alone: two logged numbers."""
     r = truth.shape[-1] // y_hat.shape[-1]
     truth = truth[:, ::r, ::r]
     known, right = truth != IGNORE, (y_hat == truth)

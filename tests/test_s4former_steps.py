@@ -114,6 +114,7 @@ def test_augsegs_step_is_what_its_code_does():
 
 
 def voc(root):
+    """Three training pictures and one to validate; only the first one's mask can be read (E1)."""
     rng = np.random.default_rng(0)
     names = [f"2007_00000{k}" for k in range(4)]
     lists = root / "ImageSets" / "Segmentation"
@@ -123,6 +124,8 @@ def voc(root):
         image, mask = rng.integers(0, 256, (48, 64, 3)), rng.integers(0, 21, (48, 64))
         Image.fromarray(image.astype(np.uint8)).save(root / "JPEGImages" / f"{name}.jpg")
         Image.fromarray(mask.astype(np.uint8)).save(root / "SegmentationClass" / f"{name}.png")
+    for name in names[1:3]:  # unlabelled: opening one of these ends the run
+        (root / "SegmentationClass" / f"{name}.png").write_text("no picture")
     (lists / "train.txt").write_text("\n".join(names[:3]))
     (lists / "val.txt").write_text(names[3])
     (root / "labeled.txt").write_text(names[0])
@@ -131,7 +134,8 @@ def voc(root):
 
 def test_on_the_papers_data_stage_semi_starts_from_init_and_not_from_stage_sup(tmp_path):
     """A learning rate of 0 leaves what a stage starts from; stage sup's heads do learn. Also after
-    a resume from the end of stage sup, where only that stage's weights are in the checkpoint."""
+    a resume from the end of stage sup, where only that stage's weights are in the checkpoint. No
+    mask of an unlabelled picture is opened on the way."""
     root = voc(tmp_path / "data")
     flags = ("--dataset voc --arch deit_tiny --image-size 64 --shuffle-tile 32 --batch-size 2 "
              "--scale-min 0.1 --scale-max 0.3 --iterations sup=2,semi=1 --lr sup=0.01,semi=0 "
