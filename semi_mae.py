@@ -44,11 +44,13 @@ target. The rest, decided once:
       --stage semi --init RUN the cosine goes on as well, the moments start anew.
   E6  The decoder of stage semi starts anew, also after stage pretrain: its target differs (D9).
       That of an --init FILE is taken where its size fits.
-  E7  Evaluated are the last raw weights. An average (--ema-decay, D17) is only ever evaluated.
+  E7  Evaluated are the last raw weights, on the middle 224 pixels of 256 (Semiformer's code). An
+      average (--ema-decay, D17) is only ever evaluated.
   E8  LoMaR: positions come from relative tables alone, in the classifier too, as in its own; the
       query is not scaled there (LoMaR's code; iRPE's code scales it).
   E9  vit_digits is ours: width 64, depth 4, the head reads the mean of the patches.
   E10 No clipping of gradients, no mixup, no CutMix (Semiformer's code has none).
+  E11 The decoder is MAE's (512 wide, 8 deep), larger than ViT-S, though the paper calls it small.
 With --accum-steps A the sums are split into A parts and nothing else: LayerNorm has no statistics
 of a batch. LoMaR draws its windows once a part and once a process.
 """
