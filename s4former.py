@@ -108,7 +108,7 @@ from common.mask_views import (
     save_mask,
     windows,
 )
-from common.masks import Pairs, PairSet, hold_out, load_pairs
+from common.masks import Pairs, PairSet, load_pairs
 from common.pictures import BadImages, pictures_at
 from common.splits import UserError
 from common.streams import Stream, seed_of, stream_loader
@@ -723,11 +723,13 @@ def load_data(args) -> tuple[PairSet, object]:
     if args.dataset != "digits":
         return load_pairs(args.dataset, args.data_path, seed=args.split_seed,
                           holdout=args.holdout), None
-    digits, size = load_dataset("digits", None), image_size(args)
+    # --holdout N: N scenes of 1,000 training digits that no scene of training then shows
+    digits = load_dataset("digits", None, seed=args.split_seed, holdout=1000 * bool(args.holdout))
+    size, judged = image_size(args), args.holdout or args.val_scenes or SCENES["val"]
     data = PairSet(scenes(digits.train, args.train_scenes or SCENES["train"], size, 0, "train"),
-                   scenes(digits.val, args.val_scenes or SCENES["val"], size, 1, "val"),
+                   scenes(digits.val, judged, size, 1, "val"),
                    class_names.DIGITS, class_names.palette("digits"))
-    return (hold_out(data, args.holdout, args.split_seed) if args.holdout else data), digits
+    return data, digits
 
 
 def one_digit(picture) -> Tensor:

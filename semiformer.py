@@ -222,7 +222,7 @@ _CIFAR = dict(sup=dict(batch_size=108, crop_min=0.35),
               semi=dict(batch_size=216, unlabeled_ratio=7, tau=0.9, crop_min=0.35),
               source="not tuned")
 
-RECIPES = {  # (data set, arch, recipe, labels %): {stage or method: differences}, as in the dossier
+RECIPES = {  # (data set, arch, recipe, labels %): {stage or method: differences}
     ("imagenet", "vit_conv", "R1", 10): _MAIN,
     ("imagenet", "vit_conv", "R1b", 10): dict(
         sup=dict(batch_size=3456, lr=4e-3),

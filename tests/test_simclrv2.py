@@ -646,7 +646,7 @@ def test_parity_projection_head(case):
 
 
 def as_tf(net, prefix=""):
-    """A state as the authors' checkpoint names it, written down from the dossier's description."""
+    """A state as the authors' checkpoint names it, written down from its description."""
     state, counter = {}, {"conv2d": 0, "batch_normalization": 0}
 
     def put(kind, tensors):
@@ -693,7 +693,7 @@ def as_tf(net, prefix=""):
 
 
 def as_pytorch(net, sk, fc):
-    """The same as the public conversion names it (dossier, section 7)."""
+    """The same as the public conversion names it."""
     resnet = {}
 
     def put(scope, m):
