@@ -57,6 +57,16 @@ def open_image(path) -> Image.Image:
         raise BadImage(f"{path}: {type(error).__name__}: {error}") from None
 
 
+def find_pictures(source: str, flag: str) -> list[Path]:
+    """A picture, or all below a folder, sorted. Raises UserError where there is none."""
+    path = Path(source)
+    found = path.rglob("*") if path.is_dir() else [path]
+    files = sorted(f for f in found if f.suffix.lower() in EXTENSIONS and f.is_file())
+    if not files:
+        raise UserError(f"{flag} {source}: no picture there ({' '.join(EXTENSIONS)})")
+    return files
+
+
 class BadImages:
     """Counts pictures that could not be read; past --max-bad-images the run ends with a path."""
 

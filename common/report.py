@@ -15,7 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from common.amp import available_memory
-from common.pictures import EXTENSIONS, BadImage, Images, open_image
+from common.pictures import BadImage, Images, find_pictures, open_image
 from common.splits import UserError
 from common.streams import eval_loader
 
@@ -118,13 +118,8 @@ def predict(source: str, probabilities_of, view, classes: list[str], folder: Pat
 
     probabilities_of: batch of a view -> (N, K) on the CPU. Raises UserError where nothing is found.
     """
-    source = Path(source)
-    found = source.rglob("*") if source.is_dir() else [source]
-    files = sorted(f for f in found if f.suffix.lower() in EXTENSIONS and f.is_file())
-    if not files:
-        raise UserError(f"--predict {source}: no picture there ({' '.join(EXTENSIONS)})")
     readable = []
-    for file in files:
+    for file in find_pictures(source, "--predict"):
         try:
             open_image(file)
             readable.append(file)
