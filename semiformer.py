@@ -47,7 +47,8 @@ with --follow. The rest, decided once:
   E7  An epoch is a pass over the labelled images; its length is that of the authors' processes
       (108 or 84 images each), however many there are here.
   E8  BatchNorm normalises by one process's images (code); its running statistics are averaged over
-      the processes after each update, so that all label, evaluate and save with the same ones.
+      the processes after each update, so that all evaluate and save with the same ones, and label
+      with the same ones but for what this step's own images moved.
   E9  The *_digits streams are ours: narrow, 4 depths, half the stem's stride, Xavier for attention.
   E10 --mae-weight: Semi-MAE (Yu et al., 2023) adds its branch to Semiformer in one line of text, so
       the row cannot be repeated faithfully. Ours: hidden *pixels* become 0, as the stem would leak
@@ -86,7 +87,7 @@ from common import checkpoint, flags, log, report, weights
 from common.amp import Precision, pick_device
 from common.data import load_dataset
 from common.ema import Ema
-from common.pictures import EXTENSIONS, BadImage, BadImages, open_image
+from common.pictures import BadImage, BadImages, find_pictures, open_image
 from common.splits import UserError
 from common.streams import Stream, eval_loader, seed_of, stream_loader
 
@@ -178,7 +179,7 @@ SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a fla
         "1: GELU and ReLU end the exchange units [authors' code; Eq. 5, 6: none]"),
     "freeze_bn": (int, dict(sup=0, semi=0),
         "1: BatchNorm keeps the running statistics that it starts with; for tuning published "
-        "weights with small batches [README]"),
+        "weights with small batches [ours; docs/semiformer.md]"),
     "reprob": (float, dict(sup=0.25, semi=0.25),
         "random erasing of labelled and strong views [Sec. 5.1; authors' code: 0.25]"),
     "color_jitter": (float, dict(sup=0.0, semi=0.0),
@@ -198,6 +199,7 @@ SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a fla
     "dec_heads": (int, dict(sup=16, semi=16), "its attention heads [MAE: 16]"),
 }
 BRANCH = {"mae_weight", "mask_ratio", "norm_pix_loss", "dec_dim", "dec_depth", "dec_heads"}
+SWITCHES = ("lr_lag", "exchange_act", "freeze_bn", "norm_pix_loss")
 SEMI_ONLY = BRANCH | {"unlabeled_ratio", "label_smoothing_u", "pseudo_source", "tau", "lambda_u",
                       "unlabeled_pool", "n_u"}
 
@@ -222,7 +224,7 @@ _CIFAR = dict(sup=dict(batch_size=108, crop_min=0.35),
               semi=dict(batch_size=216, unlabeled_ratio=7, tau=0.9, crop_min=0.35),
               source="not tuned")
 
-RECIPES = {  # (data set, arch, recipe, labels %): {stage or method: differences}
+RECIPES = {  # (data set, arch, recipe, labels %): {stage: settings that differ from the defaults}
     ("imagenet", "vit_conv", "R1", 10): _MAIN,
     ("imagenet", "vit_conv", "R1b", 10): dict(
         sup=dict(batch_size=3456, lr=4e-3),
@@ -338,14 +340,22 @@ def parse_args(argv=None):
     flags.check(p, args)
     args.dataset = args.dataset or ("folder" if args.data_path else "digits")
     args.arch = args.arch or ("vit_conv_digits" if args.dataset == "digits" else "vit_conv")
-    pair = len(ARCHS[args.arch]) == 2
+    pair, trans = len(ARCHS[args.arch]) == 2, attention_streams(args.arch)
     args.method = args.method or ("semiformer" if pair else "vanilla")
     if args.method != "sup" and (args.method == "vanilla") == pair:
         p.error(f"--method {args.method} --arch {args.arch}: vanilla trains one stream, "
                 "conv_labeled and semiformer train two")
+    for flag, nothing in (("fuse", not pair), ("pos_embed", not trans), ("attention", not trans)):
+        if getattr(args, flag) and nothing and not args.eval:
+            what = "transformer stream" if pair or flag != "fuse" else "second stream"
+            p.error(f"--{flag.replace('_', '-')}: --arch {args.arch} has no {what}")
     if args.fuse is None:
         args.fuse = int(pair and args.method != "conv_labeled")
     return args
+
+
+def attention_streams(arch: str) -> list[str]:
+    return [s for s in ARCHS[arch] if s != "timm" and STREAMS[s][0] == "attention"]
 
 
 def default_percent(args):
@@ -396,7 +406,6 @@ def resolve(args, stage: str) -> SimpleNamespace:
     if args.method == "sup" and row["sup"].get("schedule") != "each":  # R7    [Table 3's caption]
         whole = SETTINGS["epochs"][1] | {x: row[x]["epochs"] for x in STAGES if "epochs" in row[x]}
         layers.append(("--method sup: all epochs", dict(epochs=sum(whole.values()))))
-    layers += [(row["source"], row.get(args.method, {}))] if args.method not in STAGES else []
     facts = dict(dataset=args.dataset, arch=args.arch, init=None, labels=percent(args), stage=stage)
     s = flags.resolve(SETTINGS, stage, layers, DEPARTURES, facts, args,
                       SEMI_ONLY if stage == "sup" else ())
@@ -413,16 +422,22 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
     """
     s = resolve(args, stage)
     for name, allowed in (("pseudo_source", ("conv", "trans", "fuse", "softmax_fuse")),
-                          ("stream_loss", ("mean", "sum")), ("schedule", ("one", "each"))):
+                          ("stream_loss", ("mean", "sum")), ("schedule", ("one", "each")),
+                          *((name, (0, 1)) for name in SWITCHES)):
         if getattr(s, name) not in allowed:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: "
-                            f"one of {', '.join(allowed)}")
-    for name, least in dict(epochs=0, batch_size=1, unlabeled_ratio=int(stage == "semi")).items():
+                            f"one of {', '.join(map(str, allowed))}")
+    for name, least in dict(epochs=0, batch_size=1, batch_group=0,
+                            unlabeled_ratio=int(stage == "semi")).items():
         if getattr(s, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: at least {least}")
+    if len({resolve(args, x).exchange_act for x in STAGES}) > 1:
+        raise UserError("--exchange-act: one value for both stages, which train one network")
     if s.mae_weight:
         check_branch(args, s)
     if not s.batch_group or s.batch_size % s.batch_group:
+        if s.batch_group:
+            s.sources["batch_group"] = f"the whole batch: {s.batch_group} does not divide it"
         s.batch_group = s.batch_size
     s.n_l, s.n_u = compose(s.batch_size, s.batch_group, s.unlabeled_ratio)
     if not s.n_l:
@@ -443,8 +458,7 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
 
 def check_branch(args, s):
     """A branch that has no stream, or would hide nothing or everything, is refused by its flag."""
-    streams = ARCHS[args.arch]
-    trans = [x for x in streams if x != "timm" and STREAMS[x][0] == "attention"]
+    trans = attention_streams(args.arch)
     if len(trans) != 1 or len(STREAMS[trans[0]][4]) > 1:
         raise UserError(f"--mae-weight {s.mae_weight:g}: --arch {args.arch} has no single stream "
                         "whose tokens can be left out; vit_conv, vit_convmixer and vit have")
@@ -553,7 +567,7 @@ def view_lists(dataset: str, size: int, s) -> dict[str, list]:
             labeled=[T.Resize(size), affine, ToBytes(s.reprob)],
             weak=[T.Resize(size), T.RandomAffine(0, (0.08, 0.08)), ToBytes()],
             strong=[crop, rand_augment(size), ToBytes(s.reprob)],
-            evaluate=[T.Resize(size), ToBytes()],
+            evaluate=[T.Resize((size, size)), ToBytes()],  # to predict, pictures of any shape
         )
     flip, bicubic = T.RandomHorizontalFlip(0.5), T.InterpolationMode.BICUBIC
     larger = T.Resize(size if size < 64 else int(256 / 224 * size), bicubic)  # small: as they are
@@ -1064,7 +1078,7 @@ def load_init(model: nn.Module, path: str) -> tuple[str, dict | None]:
               if re.search(r"(squeeze|expand)_block|^decoder\.", k)}
     new = {k: v for k, v in new.items() if k not in may_miss | unused}
     weights.load_exactly(model, new, may_miss, f"--init {path} (format {kind})")
-    return kind, state if kind == "run" and not may_miss else None
+    return kind, state if kind == "run" and not may_miss | unused else None
 
 
 # ===== 4. LOSSES  (paper Sec. 4) ==================================================================
@@ -1484,10 +1498,11 @@ def main(args):
         return print(dry_run(args))
     if args.compare and not (args.eval and args.attention):
         raise UserError(f"--compare {args.compare}: needs --eval RUN and --attention PATH")
+    for flag in ("predict", "attention"):  # now, not after hours of training
+        if getattr(args, flag):
+            find_pictures(getattr(args, flag), f"--{flag}")
     if args.eval:
-        looked_at = args.attention, args.compare
         args = flags.stored_args(args, SCRIPT)
-        args.attention, args.compare = looked_at
     run = start_processes(args)
     data = load_dataset(args.dataset, args.data_path, seed=args.split_seed, holdout=args.holdout)
     if args.eval:
@@ -1641,7 +1656,8 @@ def finish(args, data, split, s, model, run):
     save_file(tensors, run.folder / "model.safetensors", metadata=metadata)
     run.log.write(dict(results=run.results))
     panels = {"losses": ["loss", "loss_l", "loss_u", "loss_mae"],
-              "top-1 (%)": ["top1", "top1_conv", "top1_trans", "top1_first", "top1_second"],
+              "top-1 (%)": ["top1", "top1_conv", "top1_trans", "top1_first", "top1_second",
+                            "ema_top1"],
               "pseudo-labels": ["kept", "pseudo_acc", "kept_acc"], "learning rate": ["lr"]}
     report.curves(log.read_log(run.folder), run.folder / "curves.png", panels)
     draw_views(data, split, s, args, run)
@@ -1667,9 +1683,11 @@ def finish(args, data, split, s, model, run):
 
 
 def each(results: dict) -> str:
-    """The other top-1 of an evaluation, as text: both heads, the mean of their probabilities."""
-    names = [k for k in results if k.startswith(("top1_", "ema_top1_"))]
-    return "".join(f", {k.replace('top1_', '')} {results[k]:.2f}" for k in names)
+    """The other top-1 of an evaluation, as text: both heads, the mean of their probabilities, and
+    all of these of the average of the weights."""
+    names = {k: k.replace("_top1", "").replace("top1_", "")
+             for k in results if k.startswith(("top1_", "ema_top1"))}
+    return "".join(f", {name} {results[k]:.2f}" for k, name in names.items())
 
 
 def predict(args, model, classes, s, run, folder):
@@ -1681,20 +1699,20 @@ def predict(args, model, classes, s, run, folder):
                        view, classes, folder, run.workers)
 
 
-def load_final(folder: str) -> tuple[nn.Module, dict]:
+def load_final(folder: str, flag: str = "--eval") -> tuple[nn.Module, dict]:
     """A finished run's model and its metadata, from model.safetensors alone. Raises UserError."""
     from safetensors import safe_open
 
     file = Path(folder) / "model.safetensors"
     if not file.exists():
-        raise UserError(f"--eval {folder}: no model.safetensors; finish it: --resume {folder}")
+        raise UserError(f"{flag} {folder}: no model.safetensors; finish it: --resume {folder}")
     tensors = checkpoint.read(file)
     with safe_open(file, "pt") as opened:
         about = json.loads((opened.metadata() or {}).get("model", "null"))
     if about is None:
-        raise UserError(f"--eval {folder}: its model.safetensors was not written by this project")
+        raise UserError(f"{flag} {folder}: its model.safetensors was not written by this project")
     model = model_of(**about["arguments"])
-    weights.load_exactly(model, tensors, set(), f"--eval {folder}")
+    weights.load_exactly(model, tensors, set(), f"{flag} {folder}")
     return model, about
 
 
@@ -1706,6 +1724,16 @@ def evaluate_run(args, data, run):
     if data.classes != about["classes"]:
         raise UserError(f"--eval {args.eval}: --data-path holds other classes than the run; "
                         "use the run's own data")
+    models = {args.eval: model}
+    if args.compare:
+        models[args.compare], other = load_final(args.compare, "--compare")
+        models[args.compare].to(run.device)
+        if other["image_size"] != run.image_size:
+            raise UserError(f"--compare {args.compare}: it saw pictures of {other['image_size']} "
+                            f"pixels, --eval {args.eval} of {run.image_size}")
+    for folder, m in models.items():
+        if args.attention and not any(isinstance(b, Block) for b in m.modules()):
+            raise UserError(f"--attention: {folder} has no transformer stream")
     view = T.Compose(view_lists(args.dataset, run.image_size, s)["evaluate"])
     r = evaluate(model, data.val, view, run)
     if run.rank == 0:
@@ -1715,11 +1743,9 @@ def evaluate_run(args, data, run):
         if args.predict:
             predict(args, model, about["classes"], s, run, Path(args.eval))
         if args.attention:
-            models = {args.eval: model}
-            if args.compare:
-                models[args.compare] = load_final(args.compare)[0].to(run.device)
-            if draw_attention(models, args.attention, s, args, run, Path(args.eval)):
-                print(f"attention: {Path(args.eval) / 'attention.png'}")
+            if not draw_attention(models, args.attention, s, args, run, Path(args.eval)):
+                raise UserError(f"--attention {args.attention}: no picture there can be read")
+            print(f"attention: {Path(args.eval) / 'attention.png'}")
 
 
 def draw_views(data, split, s, args, run, count=10):
@@ -1745,23 +1771,23 @@ def draw_views(data, split, s, args, run, count=10):
 def draw_attention(models, source, s, args, run, folder, count=8) -> bool:
     """attention.png, as in Fig. 4: pictures, then heat map and overlay of each model.
 
-    models: {title: network}; source: a path, or the validation pictures. False where no network
-    has a transformer stream.
+    models: {title: network}; source: a path, or the validation pictures. False, and no picture,
+    where no network has a transformer stream or nothing can be read.
     """
     view = T.Compose(view_lists(args.dataset, run.image_size, s)["evaluate"])
     if isinstance(source, str):
-        path = Path(source)
-        found = path.rglob("*") if path.is_dir() else [path]
-        files = sorted(f for f in found if f.suffix.lower() in EXTENSIONS and f.is_file())
-        if not files:
-            raise UserError(f"--attention {source}: no picture there ({' '.join(EXTENSIONS)})")
-        try:
-            shown = [open_image(f) for f in files[:count]]
-        except BadImage as error:
-            raise UserError(f"--attention {source}: {error}") from None
+        read, chosen = open_image, find_pictures(source, "--attention")
     else:  # from all over the set: a folder's pictures come class by class
-        chosen = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
-        shown = [source.pil(i) for i in chosen]
+        read, chosen = source.pil, np.linspace(0, len(source) - 1, min(count, len(source)))
+        chosen = chosen.astype(int)
+    shown = []
+    for which in chosen:
+        try:
+            shown += [read(which)] if len(shown) < count else []
+        except BadImage as error:
+            print(f"warning: left out of attention.png: {error}", file=sys.stderr)
+    if not shown:
+        return False
     seen = [torch.stack(parts) for parts in zip(*map(view, shown))]
     x = to_model(*seen, run.stats.cpu())
     mean, std = run.stats.cpu() / 255.0
@@ -1786,7 +1812,8 @@ def draw_attention(models, source, s, args, run, folder, count=8) -> bool:
 def draw_reconstructions(model, images, s, args, run, count=10):
     """reconstructions.png: original, hidden in grey, hidden patches as predicted; fixed draws."""
     view = T.Compose(view_lists(args.dataset, run.image_size, s)["evaluate"])
-    ((seen, _),) = eval_loader(images.take(np.arange(min(count, len(images)))), view, count)
+    chosen = images.take(np.arange(min(count, len(images))))
+    ((seen, _),) = eval_loader(chosen, view, count, bad=BadImages(chosen, count))
     x = to_model(*(t.to(run.device) for t in seen), run.stats)
     draws = torch.Generator().manual_seed(0)
     noise = torch.rand(len(x), (run.image_size // model.cell) ** 2, generator=draws)
@@ -1831,17 +1858,17 @@ def paper_number(args) -> str | None:
         return None  # the first 30 epochs of a training
     if method != "sup":
         source = (args.pseudo_source or {}).get("semi", "conv")
-    labels = percent(args)
-    if args.labels_file:
-        labels = recipe(args)[0][3]
-    found = PAPER.get((args.dataset, args.arch, method, source, labels, recipe_name(args)))
+    labels, more = percent(args), ""
+    if args.labels_file and args.dataset == "imagenet":  # Places205's were never published
+        labels, more = recipe(args)[0][3], ", with the published list"
+    key = (args.dataset, args.arch, method, source, labels, recipe_name(args))
     if branch and method != "sup":
-        first = found == PAPER["imagenet", "vit_conv", *_FULL, 10, "R1"]
-        return f"{PAPER_MAE} top-1 (Semi-MAE's, E10)" if first and branch == 5.0 else None
-    if found is None:
+        fits = branch == 5.0 and key == ("imagenet", "vit_conv", *_FULL, 10, "R1")
+        return f"{PAPER_MAE} top-1 (Semi-MAE's, E10){more}" if fits else None
+    if key not in PAPER:
         return None
-    of_trans, both = found
-    return f"{both} top-1" + (f", transformer head {of_trans}" if of_trans else "")
+    of_trans, both = PAPER[key]
+    return f"{both} top-1" + (f", transformer head {of_trans}" if of_trans else "") + more
 
 
 def command_of(args) -> str:

@@ -119,6 +119,6 @@ def stored_args(args, script: str):
         raise UserError(f"--eval {args.eval}: a run of {stored.get('script')}.py, "
                         f"not of {script}.py")
     now = {k: v for k, v in vars(args).items() if k in HOW_TO_RUN and (k != "data_path" or v)}
-    return SimpleNamespace(**{**stored["args"], **now})
+    return SimpleNamespace(**{**vars(args), **stored["args"], **now})  # a flag may be newer
 
 

@@ -63,16 +63,22 @@ def open_image(path) -> Image.Image:
         raise BadImage(f"{path}: {type(error).__name__}: {error}") from None
 
 
+def find_pictures(source: str, flag: str) -> list[Path]:
+    """A picture, or all below a folder, sorted. Raises UserError where there is none."""
+    path = Path(source)
+    found = path.rglob("*") if path.is_dir() else [path]
+    files = sorted(f for f in found if f.suffix.lower() in EXTENSIONS and f.is_file())
+    if not files:
+        raise UserError(f"{flag} {source}: no picture there ({' '.join(EXTENSIONS)})")
+    return files
+
+
 def pictures_at(source) -> Images:
     """The picture, or all below a folder, that --predict names; a broken one is left out, and said.
 
     Raises UserError where nothing is found.
     """
-    source = Path(source)
-    found = source.rglob("*") if source.is_dir() else [source]
-    files = sorted(f for f in found if f.suffix.lower() in EXTENSIONS and f.is_file())
-    if not files:
-        raise UserError(f"--predict {source}: no picture there ({' '.join(EXTENSIONS)})")
+    files = find_pictures(source, "--predict")
     readable = []
     for file in files:
         try:

@@ -570,6 +570,22 @@ def test_the_branch_learns_on_one_batch():
     assert found[-1] < 0.7 * found[0]
 
 
+@pytest.mark.parametrize("build, noise", [(small, None), (with_branch, torch.rand(12, 16))])
+def test_one_graph(build, noise):
+    """--compile: each forward in one piece, same numbers (eager backend: no compiler)."""
+    x = torch.rand(28, 3, 32, 32)
+    batch = x[:4], torch.arange(4), x[4:16], x[16:]
+    found = []
+    for compiled in (False, True):
+        model = build().train()
+        if compiled:
+            model.compile(backend="eager", fullgraph=True)
+        found.append(S.semi_step(model, model, *batch, settings(), FP32, noise)[0])
+    assert all(torch.equal(v, found[1][k]) for k, v in found[0].items())
+    found[1]["loss"].backward()
+    assert not any(k.startswith("_orig") for k in model.state_dict())
+
+
 def test_parameters_of_the_branch_are_in_one_group_each():
     model = with_branch()
     free, decayed = S.parameter_groups(model, 0.05)
@@ -679,6 +695,9 @@ def test_departure_d4_reaches_the_model():
     ("--method vanilla --arch vit_conv", "--method"),
     ("--method semiformer --arch vit", "--method"),
     ("--method conv_labeled --arch conv", "--method"), ("--fuse 2", "--fuse"),
+    ("--arch conv --fuse 1", "--fuse: --arch conv has no second stream"),
+    ("--arch conv --pos-embed 1", "--pos-embed: --arch conv has no transformer stream"),
+    ("--arch resnet50 --attention x.png", "--attention: --arch resnet50 has no transformer"),
 ])
 def test_method_and_streams_must_fit(flags, named, capsys):
     with pytest.raises(SystemExit):
@@ -689,11 +708,27 @@ def test_method_and_streams_must_fit(flags, named, capsys):
 @pytest.mark.parametrize("flags, named", [
     ("--pseudo-source semi=vote", "--pseudo-source"), ("--stream-loss max", "--stream-loss"),
     ("--batch-size semi=4", "--batch-size"), ("--accum-steps 7", "--accum-steps"),
-    ("--unlabeled-ratio semi=0", "--unlabeled-ratio"),
+    ("--unlabeled-ratio semi=0", "--unlabeled-ratio"), ("--lr-lag 2", "--lr-lag 2: one of 0, 1"),
+    ("--freeze-bn -1", "--freeze-bn -1"), ("--batch-group semi=-8", "--batch-group -8: at least 0"),
+    ("--exchange-act semi=0", "--exchange-act: one value for both"), ("--norm-pix-loss 2", "norm"),
 ])
 def test_settings_that_cannot_be(flags, named):
     with pytest.raises(UserError, match=named):
         S.derive(parse(flags), "semi", 1)
+
+
+def test_a_group_that_does_not_divide_the_batch_says_so():
+    s = S.derive(imagenet("--recipe R2 --batch-size 200"), "semi", 1)
+    assert (s.batch_group, s.n_l, s.n_u) == (200, 33, 167)
+    assert s.sources["batch_group"] == "the whole batch: 108 does not divide it"
+
+
+def test_the_papers_number_stands_beside_its_own_list_alone():
+    for flags, number in (("--labels-file L", "75.5 top-1, with the published list"),
+                          ("--labels-file L --mae-weight 5",
+                           "76.4 top-1 (Semi-MAE's, E10), with the published list"),
+                          ("--labels-file L --dataset places205", None)):
+        assert S.paper_number(imagenet(flags)) == number
 
 
 def test_an_image_size_that_the_streams_cannot_cut():
@@ -723,6 +758,15 @@ def test_views_are_the_authors_lists():
         assert T.Compose(view)(picture)[0].shape == (3, 224, 224)
 
 
+@pytest.mark.parametrize("dataset", S.DATASETS)
+@pytest.mark.parametrize("size", [(90, 70), (70, 90), (1, 1), (28, 28)])
+def test_any_picture_can_be_evaluated(dataset, size):
+    """A digits model, too, is asked about a user's own pictures, which are no squares."""
+    pixels = S.DATASETS[dataset][0]
+    view = S.view_lists(dataset, pixels, settings())["evaluate"]
+    assert T.Compose(view)(Image.new("RGB", size))[0].shape == (3, pixels, pixels)
+
+
 # ===== weights ====================================================================================
 
 
@@ -740,6 +784,10 @@ def test_the_authors_checkpoint_loads(tmp_path):
     S.load_init(other, str(tmp_path / "published.pth"))
     unfused = small(fuse=False)  # the exchange units of the file are left out
     S.load_init(unfused, str(tmp_path / "published.pth"))
+    torch.save(dict(recipe={}, model=small().state_dict()), tmp_path / "run.pth")
+    assert S.load_init(small(), str(tmp_path / "run.pth"))[1] is not None
+    # AdamW's moments lie by place: with parameters left out they would go to others
+    assert S.load_init(unfused, str(tmp_path / "run.pth")) == ("run", None)
     torch.save({"model": dict(list(published["model"].items())[9:])}, tmp_path / "part.pth")
     with pytest.raises(UserError, match="missing"):
         S.load_init(small(), str(tmp_path / "part.pth"))
@@ -830,7 +878,8 @@ def test_the_numbers_of_the_tables():
                                  "--unlabeled-ratio semi=7")])
 def test_the_hyper_parameter_study_has_dry_runs_without_numbers(flags, no_costs):
     text = S.dry_run(imagenet(f"--arch vit_conv {flags}"))
-    assert "the paper's own result" not in text and "444 updates" in text or "ratio" in flags
+    updates = {"semi=3": 296, "semi=7": 616}.get(flags.split()[-1], 444)
+    assert "the paper's own result" not in text and f", {updates} updates per epoch" in text
 
 
 def test_semi_maes_row_has_a_dry_run(no_costs):
@@ -898,8 +947,18 @@ def test_a_run_and_its_pictures(tmp_path, tiny, capsys):
     both = Image.open(tmp_path / "a" / "attention.png").size
     S.main(parse(f"--eval {tmp_path / 'a'} --attention {picture}"))
     assert both[1] > Image.open(tmp_path / "a" / "attention.png").size[1]  # five rows, three rows
-    with pytest.raises(SystemExit):
-        S.main(parse(f"--eval {tmp_path / 'a'} --attention {tmp_path / 'nothing'}"))
+    for more in (f"--attention {tmp_path / 'nothing'}", f"--predict {tmp_path / 'nothing'}",
+                 f"--attention {picture} --compare {tmp_path / 'nothing'}"):
+        with pytest.raises(SystemExit):
+            S.main(parse(f"--eval {tmp_path / 'a'} {more}"))
+        name = more.split()[-2]
+        assert f"error: {name} {tmp_path / 'nothing'}: no " in capsys.readouterr().err
+    for name in ("odd.png", "broken.png"):  # 40 x 30 pixels; and one that is left out
+        (tmp_path / "odd").mkdir(exist_ok=True)
+        (tmp_path / "odd" / name).write_text("no picture")
+    Image.open(picture).resize((40, 30)).save(tmp_path / "odd" / "odd.png")
+    S.main(parse(f"--eval {tmp_path / 'a'} --attention {tmp_path / 'odd'}"))
+    assert "left out of attention.png" in capsys.readouterr().err
     S.main(parse(f"--eval {tmp_path / 'b'} --predict {tiny / 'val' / 'c3'}"))
     rows = (tmp_path / "b" / "predictions.csv").read_text().splitlines()
     assert len(rows) == 3 and rows[0].startswith("file,class_1,probability_1")
@@ -911,6 +970,7 @@ def test_runs_of_other_kinds(more, tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(S.report, "curves", lambda *a, **k: None)
     S.main(parse(f"--data-path {tiny} {SHORT} {more} --output {tmp_path / 'run'}"))
     found = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["results"]["semi"]
+    assert (", ema " in S.each(found)) is ("ema" in more)
     heads = {"top1_conv", "top1_trans"} if "source" in more else {"top1_first", "top1_second"}
     assert ("ema_top1" in found) if "ema" in more else heads <= found.keys()
 
