@@ -1756,7 +1756,8 @@ def evaluate_run(args, data, run):
 
 def draw_views(data, split, settings, args, run, count=10):
     """views.png: pairs of views as stage pretrain compares them; labelled images as trained on."""
-    shown = np.random.default_rng(args.seed).permutation(split.unlabeled)
+    shown, shown_l = (np.random.default_rng(args.seed).permutation(some)
+                      for some in (split.unlabeled, split.labeled))
 
     def look(name, s, positions, times=1):
         of_picture = times * [T.Compose(view_lists(args.dataset, run.image_size, s)[name])]
@@ -1771,7 +1772,7 @@ def draw_views(data, split, settings, args, run, count=10):
         pair = [gaussian_blur(x, *draw_blur(len(x), s.blur)) for x in look("pretrain", s, shown, 2)]
         rows |= {"view 1": pair[0], "view 2": pair[1]}
     for s in [s for stage, s in settings.items() if stage not in ("pretrain", "distill")]:
-        rows[s.augment] = look(s.augment, s, split.labeled)[0]
+        rows[s.augment] = look(s.augment, s, shown_l)[0]
     if not rows:  # stage distill alone
         rows["distill"] = look(settings["distill"].augment, settings["distill"], shown)[0]
     report.contact_sheet(rows, run.folder / "views.png", f"views of {args.dataset}")
