@@ -21,6 +21,7 @@ run. After the timed steps, some more run with every wait of the host for the GP
 import argparse
 import contextlib
 import functools
+import gc
 import importlib
 import io
 import itertools
@@ -36,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timm.layers import Attention
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,6 +48,7 @@ from common.amp import Precision  # noqa: E402
 from common.data import DataSet  # noqa: E402
 from common.ema import Ema  # noqa: E402
 from common.log import versions  # noqa: E402
+from common.masks import Pairs, PairSet  # noqa: E402
 from common.pictures import Images  # noqa: E402
 
 # A further script needs a row here, and one in PRESETS. First, flags that lead straight to the step
@@ -59,6 +62,7 @@ SCRIPTS = {
     "semiformer": ("--epochs sup=0", {}),
     "simclrv2": ("--stage pretrain", {"gaussian_blur": "blur", "contrast": "NT-Xent",
                                       "memory_keys": "teacher forward"}),
+    "s4former": ("--iterations pretrain=0,sup=0", {"strong_view": "mixing", "pasa_mask": "mixing"}),
 }
 PARTS = ("waiting for data", "bytes to pictures", "blur", "teacher forward", "mixing",
          "student forward", "student forward, masked branch", "NT-Xent", "backward",
@@ -80,6 +84,8 @@ PRESETS = {
                  (337, None, "a plain PyTorch step: fp16, NCHW, no head, SGD"), None),
     "semi_mae": ("Semi-MAE, ViT-S, 64 + 448 images", "semi_mae",
                  f"{_BIG} --arch vit_small --batch-size semi=64", None, "--dtype fp16"),
+    "s4former": ("S4Former, SETR-PUP DeiT-B, 8 + 8 images of 512 px", "s4former",
+                 "--dataset voc --num-labels 92 --arch deit_base", None, "--dtype fp16"),
     **{f"digits_{name}": (f"{name}, digits", name, "", None, None) for name in SCRIPTS},
 }
 
@@ -109,7 +115,24 @@ def naive_semi_mae(script):
     return [(script.SemiMAE, "forward", forward), (script.SemiMAE, "reconstruct", reconstruct)]
 
 
-NAIVE = {"semi_mae": naive_semi_mae}
+# ===== the naive step of S4Former =================================================================
+
+
+def naive_s4former(script):
+    """Attention as the formula is written: scores, mask and weights of every head in memory."""
+
+    def forward(self, x, attn_mask=None, **_):
+        n, length, dim = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        scores = (q * self.scale) @ k.transpose(-2, -1)
+        if attn_mask is not None:
+            scores = scores + attn_mask.expand_as(scores).contiguous()
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, length, dim))
+
+    return [(Attention, "forward", forward)]
+
+
+NAIVE = {"semi_mae": naive_semi_mae, "s4former": naive_s4former}
 
 
 # ===== the clock ==================================================================================
@@ -129,12 +152,13 @@ class Clock:
     def __init__(self, skip: int, steps: int, checked: int = 0, counter=None):
         self.skip, self.steps, self.checked, self.counter = skip, steps, checked, counter
         self.begun, self.part, self.marks = 0, PARTS[-1], []  # marks of a step: (part, moment)
+        self.cpu_time = time.perf_counter
         self.device, self.run, self.images = torch.device("cpu"), None, 0
         self.graphs = self.late_graphs = self.peak = 0
 
     def now(self):
         if self.device.type != "cuda":
-            return time.perf_counter()
+            return self.cpu_time()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -184,17 +208,22 @@ class Clock:
 
     def results(self) -> list[dict[str, float]]:
         """Of each timed step its parts in milliseconds; their sum is the step."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        between = ((lambda a, b: a.elapsed_time(b)) if self.device.type == "cuda"
-                   else (lambda a, b: 1000 * (b - a)))
         found = []
         for marks, after in zip(self.marks, self.marks[1:]):
             parts = dict.fromkeys(PARTS, 0.0)
-            for (part, begin), (_, end) in zip(marks, [*marks[1:], after[0]]):
-                parts[part] += between(begin, end)
+            times = self.between([moment for _, moment in [*marks, after[0]]])
+            for (part, _), time_of_part in zip(marks, times):
+                parts[part] += time_of_part
             found.append(parts)
         return found
+
+    def between(self, moments: list) -> list[float]:
+        """Milliseconds from each moment to the next."""
+        pairs = zip(moments, moments[1:])
+        if self.device.type != "cuda":
+            return [1000 * (end - begin) for begin, end in pairs]
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in pairs]
 
 
 def graphs_compiled() -> int:
@@ -217,6 +246,21 @@ def noise_data(script, dataset: str) -> DataSet:
         return Images(np.array(ids, np.bytes_), np.arange(len(ids)) // count, pixels=pixels)
 
     return DataSet(images("train", 100), images("val", 1), [f"{c:04d}" for c in range(classes)])
+
+
+def noise_pairs(script, dataset: str) -> PairSet:
+    """A hundred pictures and masks of noise; for segmentation."""
+    classes, rng = script.DATASETS[dataset][-2] or 10, np.random.default_rng(0)
+
+    def pairs(part, count):
+        picture = rng.integers(0, 256, (375, 500, 3), np.uint8)
+        mask = rng.integers(0, classes, (375, 500), np.uint8)
+        return Pairs(np.array([f"{part}/{k:03d}".encode() for k in range(count)]), classes,
+                     pixels=np.broadcast_to(picture, (count, *picture.shape)),
+                     masks=np.broadcast_to(mask, (count, *mask.shape)))
+
+    return PairSet(pairs("train", 200), pairs("val", 4), [str(c) for c in range(classes)],
+                   rng.integers(0, 256, (classes, 3), np.uint8))
 
 
 def same_batch(clock: Clock, stream_loader):
@@ -276,16 +320,21 @@ def drive(name: str, flags: list[str], clock: Clock, naive=False, loader=same_ba
     """Run the script's main with these flags until the clock has enough."""
     script, (_, of_script) = importlib.import_module(name), SCRIPTS[name]
     args = script.parse_args(flags)
+    loads = "pair_loader" if hasattr(script, "pair_loader") else "stream_loader"
     changes = [
-        (script, "stream_loader", loader(clock, script.stream_loader)),
+        (script, loads, loader(clock, getattr(script, loads))),
         (script, "to_model", clock.timed(script.to_model, "bytes to pictures")),
         (Precision, "backward", clock.timed(Precision.backward, "backward")),
         (Precision, "update", clock.timed(Precision.update, "optimiser, finite check")),
         (Ema, "update", clock.timed(Ema.update, "EMA")),
     ]
     if not args.data_path and args.dataset != "digits":
-        data = noise_data(script, args.dataset)
-        changes.append((script, "load_dataset", lambda *_, **__: data))
+        if loads == "pair_loader":
+            data = noise_pairs(script, args.dataset), None
+            changes.append((script, "load_data", lambda *_: data))
+        else:
+            data = noise_data(script, args.dataset)
+            changes.append((script, "load_dataset", lambda *_, **__: data))
     changes += NAIVE[name](script) if naive else []
     for path, part in of_script.items():
         owner, _, attribute = path.rpartition(".")
@@ -330,37 +379,34 @@ def drive(name: str, flags: list[str], clock: Clock, naive=False, loader=same_ba
 
 def straight_to_the_step(name: str, flags: list[str]) -> list[str]:
     """The flags, after those that leave out the stages before the paper's method."""
-    chosen = {"--stage", "--method", "--epochs"} & {f.split("=")[0] for f in flags}
+    chosen = {"--stage", "--method", "--epochs", "--iterations"} & {f.split("=")[0] for f in flags}
     return flags if chosen else [*SCRIPTS[name][0].split(), *flags]
 
 
-def matmul_rate(device, dtype) -> float:
-    """TFLOP/s of a square matrix product, the median of 20."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
-    clock = Clock(0, 1)
-    clock.device, seconds = device, []
-    for k in range(25):
-        begin = clock.now()
+def matmul_rate(clock: Clock, dtype) -> float:
+    """TFLOP/s of a square matrix product on the clock's device, the median of 20."""
+    size = 8192 if clock.device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=clock.device, dtype=dtype).unbind()
+    moments = [clock.now()]
+    for _ in range(25):
         a @ b
-        end = clock.now()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        took = begin.elapsed_time(end) / 1000 if device.type == "cuda" else end - begin
-        seconds += [took] if k >= 5 else []
-    return 2 * size**3 / statistics.median(seconds) / 1e12
+        moments.append(clock.now())
+    times = clock.between(moments)[5:]
+    return 2 * size**3 / (statistics.median(times) / 1000) / 1e12
 
 
-def measure(name: str, flags: list[str], steps: int, skip: int, naive: bool = False) -> dict:
+def measure(name: str, flags: list[str], steps: int, skip: int, naive=False,
+            processor_time=False) -> dict:
     """All numbers of one script with these flags."""
     flags = straight_to_the_step(name, flags)
     eager = [f for f in flags if f != "--compile"]
     counter = FlopCounterMode(display=False)
     drive(name, eager, Clock(0, 1, counter=counter), naive)
     flops = counter.get_total_flops()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    gc.collect()
+    torch.cuda.empty_cache()  # without a GPU: nothing
     clock, waits = Clock(skip, steps, checked=3), None
+    clock.cpu_time = time.process_time if processor_time else time.perf_counter
     try:
         drive(name, flags, clock, naive)
     except RuntimeError as error:
@@ -372,7 +418,7 @@ def measure(name: str, flags: list[str], steps: int, skip: int, naive: bool = Fa
     if len(parts) < steps:
         raise SystemExit(f"{name}: {len(parts)} of {steps} steps: {waits}")
     times, dtype = [sum(p.values()) for p in parts], clock.run.precision.dtype
-    seconds, matmul = statistics.median(times) / 1000, matmul_rate(clock.device, dtype)
+    seconds, matmul = statistics.median(times) / 1000, matmul_rate(clock, dtype)
     return dict(
         script=name, flags=" ".join(flags), naive=naive, stage=clock.run.log.stage,
         device=str(clock.device), dtype=str(dtype).split(".")[-1], compiled="--compile" in flags,
@@ -463,6 +509,8 @@ def main(argv=None):
     p.add_argument("--skip", type=int, default=5, help="steps before them, not timed")
     p.add_argument("--eager", action="store_true", help="presets: do not compile as well")
     p.add_argument("--naive", action="store_true", help=f"the naive step of {', '.join(NAIVE)}")
+    p.add_argument("--processor-time", action="store_true", help="on a CPU: count this process's "
+                   "seconds of the processor, on a machine that has other work; with one thread")
     p.add_argument("--json", action="store_true", help="all numbers in one line")
     args, flags = p.parse_known_args(argv)
     if bool(args.script) == bool(args.preset):
@@ -475,7 +523,7 @@ def main(argv=None):
         names = names if args.preset in ("all", "digits") else [args.preset]
         own = [f"--steps={args.steps}", f"--skip={args.skip}", *flags]
         return run_presets(names, own, not args.eager)
-    result = measure(args.script, flags, args.steps, args.skip, args.naive)
+    result = measure(args.script, flags, args.steps, args.skip, args.naive, args.processor_time)
     print(json.dumps(result) if args.json else as_text(result))
 
 

@@ -23,6 +23,7 @@ TINY = {  # flags of a step in a fraction of a second, and its images
     "semi_mae": ("--batch-size 4", 4 + 28),
     "semiformer": ("--batch-size 12", 12),
     "simclrv2": ("--batch-size 4", 4),
+    "s4former": ("--batch-size 2", 2 + 2),
 }
 ALWAYS = {"bytes to pictures", "student forward", "backward", "optimiser, finite check",
           "the rest of the loop"}
@@ -31,6 +32,7 @@ MORE = {  # parts beside these
     "semi_mae": {"teacher forward", "student forward, masked branch"},
     "semiformer": {"teacher forward"},
     "simclrv2": {"blur", "NT-Xent"},
+    "s4former": {"teacher forward", "mixing", "EMA"},
 }
 
 
@@ -125,7 +127,7 @@ def test_replaced_attributes_come_back():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_step_of_each_script(name, tmp_path):
     flags, images = TINY[name]
-    argv = [name, *flags.split(), "--steps=2", "--skip=1", "--json"]
+    argv = [name, *flags.split(), "--steps=2", "--skip=1", "--processor-time", "--json"]
     r = json.loads(in_child(stepping.main, argv, cwd=tmp_path).splitlines()[-1])
     assert r["images"] == images and r["steps"] == 2 and r["device"] == "cpu"
     assert set(r["parts"]) == ALWAYS | MORE[name]
@@ -155,7 +157,8 @@ def compiled_step(name, flags):
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_compiled_again_after_the_first_steps(name, tmp_path):
     said = in_child(compiled_step, name, TINY[name][0], cwd=tmp_path).splitlines()[-1]
-    networks = {"semi_vit": 2, "semiformer": 2}.get(name, 1)  # as student, as teacher
+    networks = {"semi_vit": 2, "semiformer": 2, "s4former": 3}.get(name, 1)
+    # as student, as teacher; as student with PASA's mask
     assert json.loads(said) == [networks, 0, {}]  # graphs at first, later ones, breaks in them
 
 
@@ -175,6 +178,18 @@ def test_the_naive_step_of_semi_mae_is_the_same_step(tmp_path):
     assert script.SemiMAE.forward.__module__ == "semi_mae"
 
 
+def test_the_naive_step_of_s4former_is_the_same_step():
+    script = importlib.import_module("s4former")
+    model = script.build_model(script.parse_args([]), 11).eval()
+    x, c = torch.randn(2, 3, 64, 64), torch.rand(2, 64)
+    mask = script.pasa_mask(c, 5.0)
+    want = model(x, mask=mask)
+    with stepping.replaced(stepping.naive_s4former(script)):
+        found = model(x, mask=mask)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(x), want)  # the mask is no zero
+
+
 def test_presets_are_what_they_are_called():
     found = {}
     for preset, (_, name, flags, _, naive) in stepping.PRESETS.items():
@@ -186,13 +201,15 @@ def test_presets_are_what_they_are_called():
         found[preset] = args.arch, dict(
             semi_vit=lambda s: (s.batch_size, s.batch_size * s.unlabeled_ratio),
             semi_mae=lambda s: (s.batch_size, s.batch_u),
-            semiformer=lambda s: (s.n_l, s.n_u), simclrv2=lambda s: (s.batch_size,))[name](s)
+            semiformer=lambda s: (s.n_l, s.n_u), simclrv2=lambda s: (s.batch_size,),
+            s4former=lambda s: (s.batch_size, s.batch_size * s.unlabeled_ratio))[name](s)
     assert {k: v for k, v in found.items() if not k.startswith("digits_")} == {
         "semi_vit_base": ("vit_base", (128, 640)),
         "semi_vit_small": ("vit_small", (128, 640)),
         "semiformer": ("vit_conv", (64, 320)),
         "simclrv2": ("resnet50", (512,)),
         "semi_mae": ("vit_small", (64, 448)),
+        "s4former": ("deit_base", (8, 8)),
     }
     assert {k for k in found if k.startswith("digits_")} == {f"digits_{n}" for n in NAMES}
 
