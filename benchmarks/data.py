@@ -5,13 +5,14 @@
   python benchmarks/data.py semi_vit --share --data-path DIR --workers 16 \\
       --dataset imagenet --labels 10 --arch vit_base           share of the step; the script's flags
 
-Views. Each script's own lists of transforms, on 224 px, as many views of a picture as its step asks
-for. Ours is the scripts' loader: one decode for all views of a picture, bytes out, the erasing box
-beside them. The plain pipeline does the same work as most code does it: the same transforms on PIL
-pictures, then ToTensor, Normalize and timm's RandomErasing, floats out. It is measured twice, with
-a decode for each view and with one for all. The three run in turn, round by round; what is printed
-is the median of each and of the ratios within a round. Normalising and erasing on the device, which
-the plain pipeline does not need, are in the times of benchmarks/step.py.
+Views. Each script's own lists of transforms, on 224 px (s4former: 512, and the plain pipeline draws
+a crop for each look), as many views of a picture as its step asks for. Ours is the scripts' loader:
+one decode for all views of a picture, bytes out, the erasing box beside them. The plain pipeline
+does the same work as most code does it: the same transforms on PIL pictures, then ToTensor,
+Normalize and timm's RandomErasing, floats out. It is measured twice, with a decode for each view
+and with one for all. The three run in turn, round by round; what is printed is the median of each
+and of the ratios within a round. Normalising and erasing on the device, which the plain pipeline
+does not need, are in the times of benchmarks/step.py.
 
 Share. The script's step (as in benchmarks/step.py) on one batch from the device, then on what its
 loader brings; what the second takes longer is lost to loading.
@@ -24,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,20 +35,24 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
+from torchvision.transforms import v2
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 from step import Clock, drive, loaded_batches, straight_to_the_step  # noqa: E402
 
 from common.log import versions  # noqa: E402
+from common.mask_views import PairViews  # noqa: E402
+from common.masks import Pairs  # noqa: E402
 from common.pictures import EXTENSIONS, Images  # noqa: E402
-from common.streams import Stream, stream_loader  # noqa: E402
+from common.streams import Stream, Views, stream_loader  # noqa: E402
 
 LOOKS = {  # script: stage whose settings hold, then the views that its step asks of one picture
     "semi_vit": ("semi", ("weak", "strong"), ("labeled",)),
     "semi_mae": ("semi", ("weak", "strong"), ("labeled",)),
     "semiformer": ("semi", ("weak", "strong"), ("labeled",)),
     "simclrv2": ("pretrain", ("pretrain", "pretrain"), ("weak",)),
+    "s4former": ("semi", ("unlabeled", "unlabeled"), ("labeled",)),  # two looks at one crop
 }
 
 
@@ -81,15 +87,41 @@ def pictures_below(folder: str) -> Images:
     return Images(ids, np.full(len(files), -1), root)
 
 
+class PlainLook:
+    """One look of a segmentation view at a picture without a mask: normalised floats."""
+
+    def __init__(self, steps: list):
+        self.steps = steps
+        self.normalise = T.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+    def __call__(self, picture):
+        seen = picture, None
+        for step in self.steps:
+            seen = step(*seen)
+        return self.normalise(seen[0] / 255)
+
+
+def looks_of(view: list) -> list | None:
+    """A segmentation view once for each of its looks; None for a view of another kind."""
+    last = view[-1]
+    if not hasattr(last, "jitter"):
+        return None
+    return [[*view[:-1], type(last)(last.size, (on,))] for on in last.jitter]
+
+
 class Plain(Dataset):
     """Picture -> its views as float tensors, normalised and erased, the usual way."""
 
     def __init__(self, images: Images, views: list[list], one_decode: bool):
         self.images, self.one_decode = images, one_decode
-        ends = [[T.ToTensor(), T.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
-                + [RandomErasing(v[-1].reprob, mode="pixel", device="cpu")] * bool(v[-1].reprob)
-                for v in views]
-        self.views = [T.Compose([*v[:-1], *end]) for v, end in zip(views, ends)]
+        self.views = []
+        for v in views:
+            if looks := looks_of(v):
+                self.views += [PlainLook(steps) for steps in looks]
+                continue
+            end = [T.ToTensor(), T.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+            erasing = RandomErasing(v[-1].reprob, mode="pixel", device="cpu")
+            self.views.append(T.Compose([*v[:-1], *end, *[erasing] * bool(v[-1].reprob)]))
 
     def __len__(self):
         return len(self.images)
@@ -108,15 +140,18 @@ def loaders(images: Images, views: list[list], batch: int, batches: int, workers
     everything = np.arange(len(images))
     stream = Stream("benchmark", everything, batch, 0, straddle=True)
     order = [i for k in range(batches) for _, _, i in stream.keys(k)]
-    composed = [T.Compose(v) for v in views]
+    pairs = looks_of(views[0]) is not None
+    composed = [(v2.Compose if pairs else T.Compose)(v) for v in views]
+    of = partial(PairViews, with_masks=False) if pairs else Views
+    ours = Pairs(images.ids, 21, images.root) if pairs else images
 
     def plain(one_decode):
         how = dict(batch_size=batch, sampler=order, num_workers=workers)
         return DataLoader(Plain(images, views, one_decode), **how)
 
     return {
-        "ours": lambda: stream_loader(images, composed, stream, start=0, stop=batches,
-                                      workers=workers),
+        "ours": lambda: stream_loader(ours, composed, stream, start=0, stop=batches,
+                                      workers=workers, of=of),
         "plain": lambda: plain(False),
         "plain, one decode": lambda: plain(True),
     }
@@ -139,8 +174,11 @@ def rate(begin, batch: int, batches: int, workers: int) -> float:
 def measure_views(script: str, images: Images, names: tuple, stage: str, args, workers: int):
     """{name: [pictures per second of each round]}"""
     module = importlib.import_module(script)
-    s = module.derive(module.parse_args(["--dataset", "imagenet"]), stage, 1)
-    lists = module.view_lists("imagenet", 224, s)
+    dataset, size = ("voc", 512) if script == "s4former" else ("imagenet", 224)
+    s = module.derive(module.parse_args(["--dataset", dataset]), stage, 1)
+    lists = module.view_lists(dataset, size, s)
+    if looks_of(lists[next(iter(names))]):
+        names = dict.fromkeys(names)  # one view has all looks
     batches = max(args.batches, 4 * workers + 2)
     ways = loaders(images, [lists[n] for n in names], args.batch, batches, workers)
     found = {name: [] for name in ways}
