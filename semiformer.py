@@ -37,7 +37,7 @@ with --follow. The rest, decided once:
       order of the forwards, one BatchNorm for labelled and strong images, all augmentation numbers.
   E3  The class token gets no information from the other stream: it is added to itself instead, so
       it doubles at every exchange (code). In the S-to-C unit BatchNorm comes before the upsampling
-      (code; Eq. 6: after it, the same numbers).
+      (code; Eq. 6: after it, which normalises to the same map).
   E4  "Averaged predictions": the mean of logits is the headline (code), the mean of softmaxes is
       logged beside it. --pseudo-source fuse means logits, softmax_fuse probabilities.
   E5  No code was released for pit_conv, vit_vit and conv_conv: our design, see build_model. The
@@ -345,9 +345,9 @@ def parse_args(argv=None):
     if args.method != "sup" and (args.method == "vanilla") == pair:
         p.error(f"--method {args.method} --arch {args.arch}: vanilla trains one stream, "
                 "conv_labeled and semiformer train two")
-    for flag, nothing in (("fuse", not pair), ("pos_embed", not trans), ("attention", not trans)):
-        if getattr(args, flag) and nothing and not args.eval:
-            what = "transformer stream" if pair or flag != "fuse" else "second stream"
+    for flag, has, what in (("fuse", pair, "second stream"), ("pos_embed", trans, "transformer"),
+                            ("attention", trans, "transformer")):
+        if getattr(args, flag) and not has and not args.eval:
             p.error(f"--{flag.replace('_', '-')}: --arch {args.arch} has no {what}")
     if args.fuse is None:
         args.fuse = int(pair and args.method != "conv_labeled")
@@ -1350,6 +1350,9 @@ def run_stage(stage, model, warm, data, split, s, args, run, resume):
         unlabeled = Stream("semi/unlabeled", split.unlabeled, s.n_u, args.seed,
                            restart_every=steps_per_epoch)
     total = s.epochs * steps_per_epoch
+    if s.ema_decay and s.ema_decay < 1 and total < 3 / (1 - s.ema_decay):
+        run.log.say(f"warning: {stage}: {total} updates are few for --ema-decay {s.ema_decay:g}: "
+                    "the average will hardly move")
     evaluate_at = {round(total * k / args.evals) for k in range(1, args.evals + 1)} - {0}
 
     torch.manual_seed(seed_of(args.seed, stage, run.rank))  # from here on draws are a process's own
@@ -1733,7 +1736,7 @@ def evaluate_run(args, data, run):
                             f"pixels, --eval {args.eval} of {run.image_size}")
     for folder, m in models.items():
         if args.attention and not any(isinstance(b, Block) for b in m.modules()):
-            raise UserError(f"--attention: {folder} has no transformer stream")
+            raise UserError(f"--attention: {folder} has no transformer")
     view = T.Compose(view_lists(args.dataset, run.image_size, s)["evaluate"])
     r = evaluate(model, data.val, view, run)
     if run.rank == 0:

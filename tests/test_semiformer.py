@@ -696,7 +696,7 @@ def test_departure_d4_reaches_the_model():
     ("--method semiformer --arch vit", "--method"),
     ("--method conv_labeled --arch conv", "--method"), ("--fuse 2", "--fuse"),
     ("--arch conv --fuse 1", "--fuse: --arch conv has no second stream"),
-    ("--arch conv --pos-embed 1", "--pos-embed: --arch conv has no transformer stream"),
+    ("--arch conv --pos-embed 1", "--pos-embed: --arch conv has no transformer"),
     ("--arch resnet50 --attention x.png", "--attention: --arch resnet50 has no transformer"),
 ])
 def test_method_and_streams_must_fit(flags, named, capsys):
