@@ -576,7 +576,7 @@ def random_masking(tokens: Tensor, mask_ratio: float, noise: Tensor):
 class MAEDecoder(nn.Module):
     """MAE's decoder: visible tokens to the pixels of all patches.  512 / 8 / 16 for ViT-S: 25.8M.
 
-    MAE has one decoder for all sizes, made for ViT-L; beside ViT-S it is the larger half of the
+    MAE has one decoder for all sizes, made for ViT-L; beside ViT-S it is two fifths of the
     step. Width, depth, heads 256 / 8 / 8 (6.6M) saves 30% of the step's compute.
     Parameters carry the names of MAE's published files.
     """
