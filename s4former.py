@@ -109,7 +109,7 @@ from common.mask_views import (
     windows,
 )
 from common.masks import Pairs, PairSet, load_pairs
-from common.pictures import BadImages, pictures_at
+from common.pictures import BadImages, find_pictures, pictures_at
 from common.splits import UserError
 from common.streams import Stream, seed_of, stream_loader
 
@@ -1879,6 +1879,8 @@ def save(stage, step, seconds, model, teacher, optimizer, bad, run):
 def main(args):
     if args.dry_run:
         return print(dry_run(args))
+    if args.predict:
+        find_pictures(args.predict, "--predict")  # now, not after hours of training
     if args.eval:
         args = flags.stored_args(args, SCRIPT)
     run = start_processes(args)

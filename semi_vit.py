@@ -75,7 +75,7 @@ from common import checkpoint, flags, log, report, weights
 from common.amp import Precision, pick_device
 from common.data import load_dataset
 from common.ema import Ema
-from common.pictures import BadImages
+from common.pictures import BadImages, find_pictures
 from common.splits import UserError
 from common.streams import Stream, eval_loader, seed_of, stream_loader
 
@@ -1100,6 +1100,8 @@ def save(stage, step, seconds, model, teacher, optimizer, bad, run):
 def main(args):
     if args.dry_run:
         return print(dry_run(args))
+    if args.predict:
+        find_pictures(args.predict, "--predict")  # now, not after hours of training
     if args.eval:
         args = flags.stored_args(args, SCRIPT)
     run = start_processes(args)

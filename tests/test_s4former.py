@@ -1252,3 +1252,10 @@ def test_evaluation_by_hand_and_the_mode_it_leaves():
     assert r["iou_a"] == pytest.approx(100 * lower / (lower + 31), abs=1e-3)
     assert r["miou"] == pytest.approx((r["iou_a"] + r["iou_b"]) / 2, abs=1e-3)
     assert model[0].training and not model[1].training and run.pixels == upper + lower
+
+
+def test_pictures_to_predict_are_looked_for_before_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--predict nowhere: no picture there"):
+        S.main.__wrapped__(parse("--predict nowhere"))
+    assert not (tmp_path / "runs").exists()

@@ -1587,3 +1587,10 @@ def test_the_printed_imagenet_command_gives_the_number_beside_it():
         paper = S.paper_args(parse(f"--arch vit_base --labels 10 {flags}"))
         again = parse(S.command_of(paper).removeprefix("python semi_vit.py "))
         assert S.paper_number(again) == S.paper_number(paper), flags
+
+
+def test_pictures_to_predict_are_looked_for_before_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--predict nowhere: no picture there"):
+        S.main.__wrapped__(parse("--predict nowhere"))
+    assert not (tmp_path / "runs").exists()
