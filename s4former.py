@@ -476,7 +476,7 @@ def check_settings(s, stage, args, arch):
     for name, value in least.items():
         if getattr(s, name) < value:
             raise UserError(f"{flag(name)}: at least {value}")
-    for name in ("shuffle", "strong_prob", "flip", "alone"):
+    for name in ("shuffle", "strong_prob", "flip", "alone", "tau"):
         if getattr(s, name) > 1:
             raise UserError(f"{flag(name)}: from 0 to 1")
     if not 0 < s.scale_min <= s.scale_max:

@@ -27,7 +27,8 @@ def bars(groups: dict[str, dict[str, float]], path: Path, title: str = ""):
                 axis.annotate(f"{last[name] - first[name]:+.1f}", (place, top), ha="center",
                               va="bottom", fontsize=7)
     rotation = 0 if max(map(len, names)) < 4 else 60
-    axis.set_xticks(places, names, fontsize=8, rotation=rotation, ha="right" if rotation else None)
+    axis.set_xticks(places, names, fontsize=8, rotation=rotation,
+                    ha="right" if rotation else "center")
     axis.set_title(title, fontsize=10)
     axis.legend(fontsize=7, loc="lower right")
     axis.spines[["top", "right"]].set_visible(False)

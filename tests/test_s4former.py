@@ -1259,3 +1259,8 @@ def test_pictures_to_predict_are_looked_for_before_training(tmp_path, monkeypatc
     with pytest.raises(UserError, match="--predict nowhere: no picture there"):
         S.main.__wrapped__(parse("--predict nowhere"))
     assert not (tmp_path / "runs").exists()
+
+
+def test_bars_of_short_names(tmp_path):
+    S.charts.bars({"sup": {"0": 1.0, "1": 2.0}, "semi": {"0": 2.0, "1": 2.5}}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 0
