@@ -427,6 +427,8 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
     for name, least in dict(epochs=0, batch_size=1, unlabeled_ratio=int(stage == "semi")).items():
         if getattr(s, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: at least {least}")
+    if s.tau > 1:
+        raise UserError(f"--tau {s.tau:g}: from 0 to 1")
     per_256, absolute = (getattr(args, name) or {} for name in ("lr_per_256", "lr"))
     if stage in per_256 and stage not in absolute:
         s.lr = None  # the flag wins over an absolute rate of the row

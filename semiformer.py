@@ -431,6 +431,8 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
                             unlabeled_ratio=int(stage == "semi")).items():
         if getattr(s, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: at least {least}")
+    if s.tau > 1:
+        raise UserError(f"--tau {s.tau:g}: from 0 to 1")
     if len({resolve(args, x).exchange_act for x in STAGES}) > 1:
         raise UserError("--exchange-act: one value for both stages, which train one network")
     if s.mae_weight:

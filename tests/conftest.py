@@ -75,7 +75,7 @@ SCRIPTS = [
         methods=("sup", "fixmatch", "ema_teacher", "semi_vit"),
         equations=(1, 2, 3, 4, 5),
         to_model="to_model",
-        confident="--tau semi=1.1",
+        confident="--tau semi=1",
         no_draws="--mix-labeled 0 --drop-path 0 --reprob 0 --unlabeled-mix none",
         long="--stage sup --epochs sup=2000",
         refused={
@@ -99,7 +99,7 @@ SCRIPTS = [
         methods=("sup", "fixmatch", "semi_mae", "mae"),
         equations=(1, 2, 3),
         to_model="to_model",
-        confident="--tau semi=1.1",
+        confident="--tau semi=1",
         no_draws="--drop-path 0 --reprob 0",
         long="--stage sup --epochs sup=2000",
         refused={
@@ -122,7 +122,7 @@ SCRIPTS = [
         methods=("sup", "vanilla", "conv_labeled", "semiformer"),
         equations=(1, 2, 3, 4, 5, 6),
         to_model="to_model",
-        confident="--tau semi=1.1",
+        confident="--tau semi=1",
         no_draws="--drop-path 0 --reprob 0 --freeze-bn 1",
         long="--stage sup --epochs sup=2000",
         refused={
@@ -170,7 +170,7 @@ SCRIPTS = [
         methods=("sup", "fixmatch", "mean_teacher", "base", "s4former", "unimatch", "augseg"),
         equations=(1, 2, 3, 4, 5, 6),
         to_model="to_model",
-        confident="--tau semi=1.1",
+        confident="--tau semi=1",
         no_draws="--shuffle 0 --strong none --freeze-bn 1",
         long="--stage sup --iterations sup=5000",
         refused={

@@ -506,6 +506,7 @@ def test_relative_attention_by_hand():
         ("--mim lomar --lomar-window -3", "--lomar-window -3: at least 1"),
         ("--norm-pix-loss 2", "--norm-pix-loss 2: one of 0, 1"),
         ("--tau-strict -1", "--tau-strict -1: one of 0, 1"),
+        ("--tau 1.5", "--tau 1.5: from 0 to 1"),
         ("--lr-shifted 3", "--lr-shifted 3: one of 0, 1"),
         ("--decay-tokens 2", "--decay-tokens 2: one of 0, 1"),
     ],

@@ -1372,6 +1372,7 @@ def test_a_wrong_follow_is_refused(text):
 def test_contradictory_settings_are_refused():
     for text, flag in (
         ("--unlabeled-mix all", "--unlabeled-mix"), ("--mix-lam x", "--mix-lam"),
+        ("--tau 1.5", "--tau 1.5: from 0 to 1"),
         ("--dataset imagenet --batch-size 6 --accum-steps 4", "--accum-steps"),
         ("--dataset imagenet --batch-size 12 --accum-steps 4", "--mix-labeled")
     ):

@@ -711,6 +711,7 @@ def test_method_and_streams_must_fit(flags, named, capsys):
     ("--unlabeled-ratio semi=0", "--unlabeled-ratio"), ("--lr-lag 2", "--lr-lag 2: one of 0, 1"),
     ("--freeze-bn -1", "--freeze-bn -1"), ("--batch-group semi=-8", "--batch-group -8: at least 0"),
     ("--exchange-act semi=0", "--exchange-act: one value for both"), ("--norm-pix-loss 2", "norm"),
+    ("--tau 1.5", "--tau 1.5: from 0 to 1"),
 ])
 def test_settings_that_cannot_be(flags, named):
     with pytest.raises(UserError, match=named):
