@@ -6,6 +6,9 @@
   python benchmarks/reproduce.py NAME ... --write       the same, and keep the logs in docs/logs
   python benchmarks/reproduce.py --table                docs/results.md, bands.json from docs/logs
 
+Rows on photographs name $SSL_DATA: the folder that holds cifar10/, imagenette/ and camvid/, each as
+the README's section on data describes it. Rows without a log in docs/logs have not been run yet.
+
 Nothing in docs/results.md is typed by hand: every number comes from a log in docs/logs, every
 sentence from docs/results.head.md and docs/results.notes.json (one note per table).
 """
@@ -229,7 +232,8 @@ def run_seed(name: str, seed: int, folder: Path, before) -> list[dict]:
             continue  # its row has run before, see main
         shutil.rmtree(ROOT / output, ignore_errors=True)
         flags = ["--seed", str(seed), "--split-seed", str(seed), "--output", str(output)]
-        words = [word.replace("{pretrain}", str(outputs[0])) for word in shlex.split(command)]
+        words = [os.path.expandvars(word.replace("{pretrain}", str(outputs[0])))
+                 for word in shlex.split(command)]
         with open(ROOT / f"{output}.txt", "w") as text:
             code = subprocess.run([sys.executable, *words, *flags], cwd=ROOT, stdout=text,
                                   stderr=subprocess.STDOUT,
@@ -367,6 +371,8 @@ def main():
     names = list(dict.fromkeys(m for n in names for m in (*commands_of(n)[:-1], n) if m in ROWS))
     if args.names and not names:
         p.error(f"no row named {' '.join(args.names)}; see --list")
+    if "SSL_DATA" not in os.environ and any("$SSL_DATA" in shown(n) for n in names):
+        p.error("set SSL_DATA to the folder that holds cifar10/, imagenette/ and camvid/")
     (ROOT / args.folder).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = {}
