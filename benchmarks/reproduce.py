@@ -5,6 +5,8 @@
                                                         say whether the mean lies inside the band
   python benchmarks/reproduce.py NAME ... --write       the same, and keep the logs in docs/logs
   python benchmarks/reproduce.py --table                docs/results.md, bands.json from docs/logs
+  python benchmarks/reproduce.py NAME ... --curves PNG  accuracy of rows while they train, from
+                                                        docs/logs: mean and range of the seeds
 
 Rows on photographs name $SSL_DATA: the folder that holds cifar10/, imagenette/ and camvid/, each as
 the README's section on data describes it. Rows without a log in docs/logs have not been run yet.
@@ -27,173 +29,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.rows import ROWS  # noqa: E402
 from common.log import read_log  # noqa: E402
 from common.report import recipe_hash  # noqa: E402
-
-# name: (table, what, command, seeds); --seed and --split-seed vary together. A list of commands:
-# all but the last prepare it, and {pretrain} stands for the folder of the first one's run; the
-# first may be another row's name, whose runs are then used. A fifth entry: the stages that the row
-# is about, the last of them its result; rows with one command share its runs.
-ROWS = {
-    "semi_vit/digits/sup": (
-        "Semi-ViT on the digits, 80 labels", "supervised, the stage that all start from",
-        "semi_vit.py --method sup", 3),
-    "semi_vit/digits/sup_long": (
-        "Semi-ViT on the digits, 80 labels", "supervised, as many updates as both stages",
-        "semi_vit.py --method sup --epochs 2176", 3),
-    "semi_vit/digits/fixmatch": (
-        "Semi-ViT on the digits, 80 labels", "FixMatch (m = 0)",
-        "semi_vit.py --method fixmatch", 1),
-    "semi_vit/digits/ema_teacher": (
-        "Semi-ViT on the digits, 80 labels", "EMA-Teacher, no mixing",
-        "semi_vit.py --method ema_teacher", 3),
-    "semi_vit/digits/mixup": (
-        "Semi-ViT on the digits, 80 labels", "EMA-Teacher + Pseudo Mixup",
-        "semi_vit.py --unlabeled-mix mixup", 1),
-    "semi_vit/digits/mixup+": (
-        "Semi-ViT on the digits, 80 labels", "EMA-Teacher + Pseudo Mixup+",
-        "semi_vit.py --unlabeled-mix mixup+", 1),
-    "semi_vit/digits/prob": (
-        "Semi-ViT on the digits, 80 labels", "Semi-ViT (probabilistic pseudo mixup)",
-        "semi_vit.py", 3),
-    "semi_vit/digits/mae_prob": (
-        "Semi-ViT on the digits, 80 labels", "the same after MAE on all images (stage 1)",
-        ["semi_mae.py --method mae",
-         "semi_vit.py --init {pretrain}/mae_pretrain_vit_digits.pth"], 3),
-    "semi_mae/digits/sup": (
-        "Semi-MAE on the digits, 80 labels", "supervised, the stage that all start from",
-        "semi_mae.py --method sup", 3),
-    "semi_mae/digits/sup_long": (
-        "Semi-MAE on the digits, 80 labels", "supervised, as many updates as both stages",
-        "semi_mae.py --method sup --epochs 2200", 3),
-    "semi_mae/digits/fixmatch": (
-        "Semi-MAE on the digits, 80 labels", "FixMatch (no branch)",
-        "semi_mae.py --method fixmatch", 3),
-    "semi_mae/digits/semi_mae": (
-        "Semi-MAE on the digits, 80 labels", "Semi-MAE", "semi_mae.py", 3),
-    "simclrv2/digits/sup": (
-        "SimCLRv2 on the digits, 80 labels", "labels only, weak augmentation as for fine-tuning",
-        "simclrv2.py", 3, ["sup"]),
-    "simclrv2/digits/sup_strong": (
-        "SimCLRv2 on the digits, 80 labels", "labels only, strong augmentation",
-        "simclrv2.py --method sup --augment strong", 3),
-    "simclrv2/digits/linear": (
-        "SimCLRv2 on the digits, 80 labels", "pretrained, linear classifier on h",
-        "simclrv2.py", 3, ["pretrain", "linear"]),
-    "simclrv2/digits/finetune": (
-        "SimCLRv2 on the digits, 80 labels", "pretrained, fine-tuned",
-        "simclrv2.py", 3, ["pretrain", "finetune"]),
-    "simclrv2/digits/distill": (
-        "SimCLRv2 on the digits, 80 labels", "pretrained, fine-tuned, distilled",
-        "simclrv2.py", 3, ["pretrain", "finetune", "distill"]),
-    "semiformer/digits/sup": (
-        "Semiformer on the digits, 80 labels", "supervised, the stage that all start from",
-        "semiformer.py --method sup", 3),
-    "semiformer/digits/sup_long": (
-        "Semiformer on the digits, 80 labels", "supervised, as many updates as both stages",
-        "semiformer.py --method sup --epochs 1100", 3),
-    "semiformer/digits/semiformer": (
-        "Semiformer on the digits, 80 labels", "Semiformer", "semiformer.py", 3),
-    "semiformer/third/cnn_sup": (
-        "Semiformer on the digits, 80 labels, a third of the epochs",
-        "Table 1: CNN, supervised",
-        "semiformer.py --arch conv_digits --method sup --epochs 367", 3),
-    "semiformer/third/cnn_vanilla": (
-        "Semiformer on the digits, 80 labels, a third of the epochs",
-        "Table 1: CNN, Vanilla",
-        "semiformer.py --arch conv_digits --epochs sup=167,semi=40", 3),
-    "semiformer/third/trans_sup": (
-        "Semiformer on the digits, 80 labels, a third of the epochs",
-        "Table 1: transformer, supervised",
-        "semiformer.py --arch vit_digits --method sup --epochs 367", 3),
-    "semiformer/third/trans_vanilla": (
-        "Semiformer on the digits, 80 labels, a third of the epochs",
-        "Table 1: transformer, Vanilla",
-        "semiformer.py --arch vit_digits --epochs sup=167,semi=40", 3),
-    "semiformer/third/conv_labeled": (
-        "Semiformer on the digits, 80 labels, a third of the epochs",
-        "Table 1: both, Conv-labeled",
-        "semiformer.py --method conv_labeled --epochs sup=167,semi=40", 3),
-    "semiformer/third/semiformer": (
-        "Semiformer on the digits, 80 labels, a third of the epochs",
-        "Table 1: Semiformer",
-        "semiformer.py --epochs sup=167,semi=40", 3),
-    "semiformer/third/convmixer": (
-        "Semiformer on the digits, 80 labels, a third of the epochs",
-        "Table 3: ViT + ConvMixer",
-        "semiformer.py --arch vit_convmixer_digits --epochs sup=167,semi=40", 1),
-    "semiformer/third/pit": (
-        "Semiformer on the digits, 80 labels, a third of the epochs",
-        "Table 3: PiT + Conv",
-        "semiformer.py --arch pit_conv_digits --epochs sup=167,semi=40", 1),
-    "semiformer/third/pl_trans": (
-        "Semiformer on the digits, 80 labels, a third of the epochs",
-        "Table 6: labels from the transformer",
-        "semiformer.py --pseudo-source trans --epochs sup=167,semi=40", 1),
-    "semiformer/third/pl_fuse": (
-        "Semiformer on the digits, 80 labels, a third of the epochs",
-        "Table 6: labels from both",
-        "semiformer.py --pseudo-source fuse --epochs sup=167,semi=40", 1),
-    "semiformer/third/conv_conv": (
-        "Semiformer on the digits, 80 labels, a third of the epochs",
-        "Table 7: C+C",
-        "semiformer.py --arch conv_conv_digits --epochs sup=167,semi=40", 1),
-    "semiformer/third/vit_vit": (
-        "Semiformer on the digits, 80 labels, a third of the epochs",
-        "Table 7: V+V",
-        "semiformer.py --arch vit_vit_digits --epochs sup=167,semi=40", 1),
-    "semiformer/third/mae": (
-        "Semiformer on the digits, 80 labels, a third of the epochs",
-        "Semi-MAE's Table 2: with the MAE branch",
-        "semiformer.py --mae-weight 1 --epochs sup=167,semi=40", 1),
-    "s4former/scenes/sup": (
-        "S4Former on digit scenes, 30 of 1,000 labelled",
-        "pretraining and supervised stage, that all start from",
-        "s4former.py --method sup", 3),
-    "s4former/scenes/sup_long": (
-        "S4Former on digit scenes, 30 of 1,000 labelled",
-        "supervised, as many updates as both stages",
-        "s4former.py --method sup --iterations sup=1400", 3),
-    "s4former/scenes/s4former": (
-        "S4Former on digit scenes, 30 of 1,000 labelled", "S4Former",
-        "s4former.py", 3),
-}
-
-_THIRD = {  # Tables S2 and S3 and the supplement's variants: all from one supervised stage
-    "mean_teacher": ("mean teacher (Table S3: colour jitter alone)", "--method mean_teacher", 3),
-    "base": ("Base: CutMix (Table S2, no part)", "--method base", 3),
-    "shuffle": ("Base + PatchShuffle", "--method base --shuffle 0.5", 3),
-    "pasa": ("Base + PASA", "--method base --pasa ours", 3),
-    "ncr": ("Base + NCR", "--method base --ncr ncr", 3),
-    "s4former": ("Base + all three: S4Former", "", 3),
-    "shuffle_pasa": ("Base + PatchShuffle + PASA", "--ncr off", 1),
-    "pasa_ncr": ("Base + PASA + NCR", "--shuffle 0", 1),
-    "shuffle_ncr": ("Base + PatchShuffle + NCR", "--pasa off", 1),
-    "s3_cutout": ("Table S3: CutOut", "--method base --strong cutout", 1),
-    "s3_mixunmix": ("Table S3: Mix/UnMix", "--method base --strong mixunmix", 1),
-    "s3_classmix": ("Table S3: ClassMix", "--method base --strong classmix", 1),
-    "s3_shuffle": ("Table S3: PatchShuffle alone", "--method mean_teacher --shuffle 0.5", 1),
-    "s3_shuffle_mixunmix": ("Table S3: PatchShuffle + Mix/UnMix",
-                            "--method base --strong mixunmix --shuffle 0.5", 1),
-    "s3_shuffle_classmix": ("Table S3: PatchShuffle + ClassMix",
-                            "--method base --strong classmix --shuffle 0.5", 1),
-    "pasa_rand": ("Base + PASA, mask rand", "--method base --pasa rand", 1),
-    "pasa_reverse1": ("Base + PASA, mask reverse1", "--method base --pasa reverse1", 1),
-    "pasa_reverse2": ("Base + PASA, mask reverse2", "--method base --pasa reverse2", 1),
-    "pasa_product": ("Base + PASA, product, alpha 50",
-                     "--method base --pasa product --pasa-alpha 50", 1),
-    "ncr_all": ("Base + All-CR in the place of NCR", "--method base --ncr all_sq", 1),
-    "soft": ("Base, soft pseudo-labels", "--method base --pseudo soft", 1),
-    "unimatch": ("UniMatch", "--method unimatch", 1),
-    "unimatch_ours": ("UniMatch + ours", "--method unimatch --with-ours", 1),
-    "augseg": ("AugSeg", "--method augseg", 1),
-    "augseg_ours": ("AugSeg + ours", "--method augseg --with-ours", 1),
-}
-ROWS |= {f"s4former/third/{name}": (
-    "S4Former on digit scenes, a third of stage semi's iterations", what,
-    ["s4former/scenes/sup",
-     f"s4former.py --stage semi --init {{pretrain}} --iterations semi=267 {flags}".strip()], seeds)
-    for name, (what, flags, seeds) in _THIRD.items()}
 
 
 def commands_of(name: str) -> list[str]:
@@ -207,10 +45,13 @@ def shown(name: str) -> str:
 
 
 def runs_of(name: str, seed: int) -> list[str]:
-    """Folder of each command's run, and name of its log; the last one is the row's result."""
+    """Folder of each command's run, and name of its log; the last one is the row's result.
+
+    A row that is prepared by one with fewer seeds shares its runs among its own.
+    """
     first = next(n for n in ROWS if ROWS[n][2] == ROWS[name][2])  # rows may share a command
     base = f"{first.replace('/', '-')}-seed{seed}"
-    before = [runs_of(c, seed)[-1] if c in ROWS else f"{base}-before{k}"
+    before = [runs_of(c, seed % ROWS[c][3])[-1] if c in ROWS else f"{base}-before{k}"
               for k, c in enumerate(commands_of(name)[:-1], 1)]
     return [*before, base]
 
@@ -284,7 +125,7 @@ def committed(name: str, before=False) -> list[list[dict]]:
 def compare(name: str, logs: list[list[dict]]):
     """Print the new mean beside the committed band: two spreads, at least one point, each way."""
     old = committed(name)
-    for stage, (mean, spread) in band_of(logs)["stages"].items():
+    for stage, (mean, spread) in band_of(logs)["stages"].items():  # none of a pretraining
         line = f"{name}  {stage}: {mean:.2f} +- {spread:.2f} ({len(logs)} seeds)"
         if old:
             centre, width = band_of(old)["stages"][stage]
@@ -300,7 +141,7 @@ def write_table():
     notes = json.loads((ROOT / "docs" / "results.notes.json").read_text())
     for name, (title, what, *_) in ROWS.items():
         logs = committed(name)
-        if not logs:
+        if not logs or title is None:  # not run, or a pretraining: counted where it is used
             continue
         if title != table:
             if table:
@@ -350,6 +191,34 @@ def write_table():
     print(f"docs/results.md, docs/bands.json: {len(bands)} rows")
 
 
+def draw_curves(names: list[str], path: Path):
+    """Score over the updates of a row's last run, mean and range over seeds, one line a row."""
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 3.6))
+    for name in names:
+        logs = committed(name)
+        seeds = []
+        for log in logs:
+            done, points = 0, {}
+            for stage, result in results_of(log).items():
+                points |= {done + x["step"]: score(x) for x in log[1:]
+                           if x.get("stage") == stage and "step" in x and metric_of(x)}
+                done += result["updates"]
+            seeds.append(points)
+        steps = sorted(set.intersection(*map(set, seeds)))
+        values = [[points[step] for points in seeds] for step in steps]
+        line, = axis.plot(steps, [statistics.mean(v) for v in values], label=ROWS[name][1], lw=1.4)
+        axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.2,
+                          color=line.get_color(), lw=0)
+    axis.set_title(f"{ROWS[names[0]][0]}: mean and range of {ROWS[names[0]][3]} seeds", fontsize=9)
+    axis.set_xlabel("updates"), axis.set_ylabel(metric_of(results_of(logs[0])[stage]))
+    axis.legend(fontsize=7), axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("names", nargs="*", help="rows to run, see --list; a prefix such as "
@@ -361,6 +230,8 @@ def main():
                    help="keep the logs in docs/logs and make the table again")
     p.add_argument("--table", action="store_true",
                    help="make docs/results.md from docs/logs, run nothing")
+    p.add_argument("--curves", type=Path, metavar="PNG",
+                   help="draw the named rows from docs/logs, run nothing")
     p.add_argument("--folder", type=Path, default=Path("runs/reproduce"), help="where the runs go")
     args = p.parse_args()
     if args.list or not (args.names or args.table):
@@ -371,6 +242,11 @@ def main():
     names = list(dict.fromkeys(m for n in names for m in (*commands_of(n)[:-1], n) if m in ROWS))
     if args.names and not names:
         p.error(f"no row named {' '.join(args.names)}; see --list")
+    if args.curves:
+        missing = [n for n in args.names if n not in ROWS or not committed(n)]
+        if missing:
+            p.error(f"--curves: no row with logs in docs/logs is named {' '.join(missing)}")
+        return draw_curves(args.names, args.curves)
     if "SSL_DATA" not in os.environ and any("$SSL_DATA" in shown(n) for n in names):
         p.error("set SSL_DATA to the folder that holds cifar10/, imagenette/ and camvid/")
     (ROOT / args.folder).mkdir(parents=True, exist_ok=True)
@@ -380,7 +256,7 @@ def main():
             if runs_of(name, 0)[-1] not in runs:
                 before = [runs[runs_of(c, 0)[-1]] for c in commands_of(name) if c in ROWS]
                 runs[runs_of(name, 0)[-1]] = [  # jobs begin in order: what one waits for has begun
-                    pool.submit(run_seed, name, seed, args.folder, [b[seed] for b in before])
+                    pool.submit(run_seed, name, seed, args.folder, [b[seed % len(b)] for b in before])
                     for seed in range(ROWS[name][3])]
         for name in names:
             compare(name, [f.result() for f in runs[runs_of(name, 0)[-1]]])
