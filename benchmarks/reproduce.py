@@ -256,7 +256,8 @@ def main():
             if runs_of(name, 0)[-1] not in runs:
                 before = [runs[runs_of(c, 0)[-1]] for c in commands_of(name) if c in ROWS]
                 runs[runs_of(name, 0)[-1]] = [  # jobs begin in order: what one waits for has begun
-                    pool.submit(run_seed, name, seed, args.folder, [b[seed % len(b)] for b in before])
+                    pool.submit(run_seed, name, seed, args.folder,
+                                [b[seed % len(b)] for b in before])
                     for seed in range(ROWS[name][3])]
         for name in names:
             compare(name, [f.result() for f in runs[runs_of(name, 0)[-1]]])

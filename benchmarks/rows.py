@@ -1,9 +1,10 @@
 """The rows of docs/results.md: what each is, and the command that makes it."""
 
-# name: (table, what, command, seeds); --seed and --split-seed vary together. A list of commands:
-# all but the last prepare it, and {pretrain} stands for the folder of the first one's run; the
-# first may be another row's name, whose runs are then used. A fifth entry: the stages that the row
-# is about, the last of them its result; rows with one command share its runs.
+# name: (table, what, command, seeds); --seed and --split-seed vary together. No table: a
+# pretraining, for others to start from. A list of commands: all but the last prepare it, and
+# {pretrain} stands for the folder of the first one's run; the first may be another row's name,
+# whose runs are then used. A fifth entry: the stages that the row is about, the last of them its
+# result; rows with one command share its runs.
 ROWS = {
     "semi_vit/digits/sup": (
         "Semi-ViT on the digits, 80 labels", "supervised, the stage that all start from",
@@ -164,3 +165,91 @@ ROWS |= {f"s4former/third/{name}": (
     ["s4former/scenes/sup",
      f"s4former.py --stage semi --init {{pretrain}} --iterations semi=267 {flags}".strip()], seeds)
     for name, (what, flags, seeds) in _THIRD.items()}
+
+
+# ----- photographs on a GPU: larger networks, more updates. Settings that nobody has tried yet ----
+
+
+def _gpu(name, title, data, size, patch, data_mae, sup, semi, semi_l, both, mae_row=None):
+    """Rows of one data set; batches of 64 labelled pictures; mae_row: whose pretraining is used.
+
+    data, size, patch, data_mae: flags of all scripts, of those that know no such data set, of
+    semi_vit.py, and of semi_mae.py. Epochs: sup, of stage sup; semi, over the unlabelled pictures
+    (semi_vit.py); semi_l, over the labelled ones (semi_mae.py, semiformer.py); both, over the
+    labelled ones for as many updates as both stages.
+    """
+    vit = f"semi_vit.py {data} {size} {patch} --arch vit_tiny --batch-size 64"
+    mae = f"semi_mae.py {data_mae} --arch vit_tiny --batch-size 64 --epochs sup={sup},semi={semi_l}"
+    former = f"semiformer.py {data} {size} --batch-size sup=64,semi=512 --batch-group 0"
+    former += " --schedule each --arch"
+    simclr = f"simclrv2.py {data} {size} --arch resnet18 --epochs pretrain=300,distill=100"
+    steps, long = f"--epochs sup={sup},semi={semi}", f"--method sup --epochs {both}"
+    of_former = f"--epochs sup={sup},semi={semi_l}"
+    pretrained = mae_row or f"gpu/{name}/mae", "--init {pretrain}/mae_pretrain_vit_tiny.pth"
+    rows = {  # what, command, seeds, stages where the row is about some of them
+        "mae": ("MAE on all pictures", f"semi_mae.py {data_mae} --method mae --arch vit_tiny", 1),
+        "semi_vit/sup": ("Semi-ViT: supervised stage", f"{vit} {steps}", 3, ["sup"]),
+        "semi_vit/sup_long": ("supervised, as many updates as both stages", f"{vit} {long}", 3),
+        "semi_vit/prob": ("Semi-ViT", f"{vit} {steps}", 3),
+        "semi_vit/mae_sup": ("after MAE: supervised stage",
+                             [pretrained[0], f"{vit} {steps} {pretrained[1]}"], 3, ["sup"]),
+        "semi_vit/mae_sup_long": ("after MAE: supervised, as many updates as both stages",
+                                  [pretrained[0], f"{vit} {long} {pretrained[1]}"], 3),
+        "semi_vit/mae_prob": ("after MAE: Semi-ViT",
+                              [pretrained[0], f"{vit} {steps} {pretrained[1]}"], 3),
+        "semi_mae/sup": ("Semi-MAE: supervised stage", mae, 3, ["sup"]),
+        "semi_mae/sup_long": ("supervised, as many updates as both stages", f"{mae} {long}", 3),
+        "semi_mae/semi_mae": ("Semi-MAE", mae, 3),
+        "semiformer/sup": ("Semiformer: supervised stage", f"{former} vit_conv {of_former}", 3,
+                           ["sup"]),
+        "semiformer/sup_long": ("supervised, as many updates as both stages",
+                                f"{former} vit_conv {long}", 3),
+        "semiformer/semiformer": ("Semiformer", f"{former} vit_conv {of_former}", 3),
+        **{f"simclrv2/{stages[-1]}": (f"SimCLRv2: {what}", simclr, 3, stages) for what, stages in {
+            "labels only": ["sup"], "linear": ["pretrain", "linear"],
+            "fine-tuned": ["pretrain", "finetune"],
+            "distilled": ["pretrain", "finetune", "distill"]}.items()},
+        "simclrv2/sup_strong": ("labels only, strong augmentation",
+                                f"{simclr} --method sup --augment strong", 3),
+    }
+    if name == "cifar10_10":  # the others too: FixMatch over seeds, the rest as single runs
+        rows |= {
+            "semi_vit/fixmatch": ("Semi-ViT's FixMatch (m = 0)", f"{vit} {steps} --method fixmatch",
+                                  3),
+            **{f"semi_vit/{mix}": (f"EMA-Teacher, mixing: {mix}",
+                                   f"{vit} {steps} --unlabeled-mix {mix}", 1)
+               for mix in ("none", "mixup", "mixup+")},
+            "semi_mae/fixmatch": ("Semi-MAE's FixMatch (no branch)", f"{mae} --method fixmatch", 3),
+            "semi_mae/lomar": ("Semi-MAE with LoMaR's branch", f"{mae} --mim lomar", 1),
+            "semi_mae/pretrained": ("Semi-MAE after MAE", [pretrained[0], f"{mae} {pretrained[1]}"],
+                                    1),
+            "semiformer/vanilla": ("FixMatch on the CNN stream", f"{former} conv {of_former}", 3),
+            "semiformer/conv_labeled": ("Conv-labeled", f"{former} vit_conv {of_former} "
+                                        "--method conv_labeled", 1),
+        }
+    return {f"gpu/{name}/{row}": (title if row != "mae" else None, *rest)
+            for row, rest in rows.items() if row != "mae" or not mae_row}
+
+
+_CIFAR = "--dataset cifar10 --data-path $SSL_DATA/cifar10 --labels"
+_NETTE = "--data-path $SSL_DATA/imagenette --labels 10"
+ROWS |= {
+    **_gpu("cifar10_10", "CIFAR-10, 10% of the labels, on a GPU", f"{_CIFAR} 10", "", "",
+           f"{_CIFAR} 10", 100, 40, 72, 172),
+    **_gpu("cifar10_1", "CIFAR-10, 1% of the labels, on a GPU", f"{_CIFAR} 1", "", "",
+           f"{_CIFAR} 1", 1000, 40, 880, 1880, mae_row="gpu/cifar10_10/mae"),
+    **_gpu("imagenette_10", "Imagenette, 10% of the labels, on a GPU", _NETTE, "--image-size 112",
+           "--patch-size 8", f"--dataset imagenette {_NETTE}", 300, 150, 279, 579),
+}
+_CAMVID = "s4former.py --dataset camvid --data-path $SSL_DATA/camvid --labels 12.5 --arch mit_b0"
+ROWS |= {f"gpu/camvid/{name}": ("CamVid, 1/8 of the masks, on a GPU", what, f"{_CAMVID}{flags}",
+                                seeds, *stages) for name, (what, flags, seeds, *stages) in {
+    "sup": ("supervised stage", "", 3, ["sup"]),
+    "sup_long": ("supervised, as many updates as both stages",
+                 " --method sup --iterations sup=16000", 3),
+    "base": ("FixMatch with CutMix (Base)", " --method base", 3),
+    "mean_teacher": ("mean teacher", " --method mean_teacher", 1),
+    "s4former": ("S4Former", "", 3)}.items()}
+ROWS = {name: (title, what, " ".join(command.split()) if isinstance(command, str) else
+               [" ".join(c.split()) for c in command], *rest)
+        for name, (title, what, command, *rest) in ROWS.items()}  # no double blanks

@@ -1,0 +1,86 @@
+"""Every row of the results can be started, and the table is what the committed logs say."""
+
+import importlib
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import reproduce as R  # noqa: E402
+from benchmarks.rows import ROWS  # noqa: E402
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_each_command_is_understood_by_its_script(name):
+    for command in R.commands_of(name):
+        if command in ROWS:
+            assert list(ROWS).index(command) < list(ROWS).index(name), "prepared by a later row"
+            continue
+        script, *flags = shlex.split(command)
+        args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+        assert "--seed" not in flags and "--output" not in flags  # reproduce.py gives them
+        stages = ROWS[name][4] if len(ROWS[name]) > 4 and command == R.commands_of(name)[-1] else ()
+        module = importlib.import_module(script.removesuffix(".py"))
+        assert set(stages) <= set(module.STAGES), args
+
+
+def test_rows_with_one_command_share_a_run_and_others_do_not():
+    runs = {}
+    for name in ROWS:
+        runs.setdefault(R.runs_of(name, 0)[-1], set()).add(str(ROWS[name][2]))
+    assert all(len(commands) == 1 for commands in runs.values())
+    assert len(runs) == len({str(row[2]) for row in ROWS.values()})
+
+
+def test_a_preparation_with_one_seed_serves_all_seeds(monkeypatch):
+    rows = {"a/mae": (None, "", "semi_mae.py --method mae", 1),
+            "a/b": ("t", "", ["a/mae", "semi_vit.py --init {pretrain}/x.pth"], 3)}
+    monkeypatch.setattr(R, "ROWS", rows)
+    assert [R.runs_of("a/b", seed) for seed in (0, 2)] == [
+        ["a-mae-seed0", "a-b-seed0"], ["a-mae-seed0", "a-b-seed2"]]
+
+
+def test_the_committed_table_is_made_from_the_committed_logs(tmp_path, monkeypatch):
+    for part in ("results.head.md", "results.notes.json", "logs"):
+        target = tmp_path / "docs" / part
+        target.parent.mkdir(exist_ok=True)
+        target.symlink_to(ROOT / "docs" / part)
+    monkeypatch.setattr(R, "ROOT", tmp_path)
+    R.write_table()
+    for made in ("results.md", "bands.json"):
+        assert (tmp_path / "docs" / made).read_text() == (ROOT / "docs" / made).read_text(), made
+
+
+def test_a_seed_outside_the_band_is_said(capsys, monkeypatch):
+    name = "semi_vit/digits/prob"
+    logs = R.committed(name)
+    R.compare(name, logs)
+    assert "inside" in capsys.readouterr().out
+    monkeypatch.setattr(R, "committed", lambda name: [
+        [*log[:-1], {"results": {stage: {**r, "top1": r["top1"] - 9}
+                                 for stage, r in log[-1]["results"].items()}}] for log in logs])
+    R.compare(name, logs)
+    assert "OUTSIDE" in capsys.readouterr().out
+
+
+def test_curves_are_drawn_from_the_logs(tmp_path, monkeypatch, capsys):
+    picture = tmp_path / "c.png"
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "semi_vit/digits/sup_long",
+                                      "semi_vit/digits/prob", "--curves", str(picture)])
+    R.main()
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "gpu/camvid/base", "--curves", str(picture)])
+    with pytest.raises(SystemExit):
+        R.main()
+    assert "gpu/camvid/base" in capsys.readouterr().err
+
+
+def test_rows_on_photographs_ask_for_their_folder(monkeypatch, capsys):
+    monkeypatch.delenv("SSL_DATA", raising=False)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "gpu/camvid/base"])
+    with pytest.raises(SystemExit):
+        R.main()
+    assert "SSL_DATA" in capsys.readouterr().err
