@@ -239,6 +239,14 @@ _CIFAR = dict(  # the README's ResNet-18, pretrained and with a linear classifie
     finetune=dict(epochs=60, batch_size=128, lr_base=0.02),
     distill=dict(epochs=200, batch_size=512, warmup_epochs=10),
     source="authors' README (pretrain, linear); the other stages are not tuned")
+_CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see docs/results.md
+    pretrain=dict(_CIFAR["pretrain"], lr_base=4.0, batch_size=128, epochs=6, warmup_epochs=0.3,
+                  temperature=0.2, crop_min=0.3),
+    sup=dict(lr_base=0.64, batch_size=50, epochs=200, warmup_epochs=0, crop_min=0.5),
+    linear=dict(lr_base=3.2, batch_size=50, epochs=100, weight_decay=0.0, crop_min=0.5),
+    finetune=dict(lr_base=0.02, batch_size=25, epochs=100, crop_min=0.5),
+    distill=dict(lr_base=0.05, batch_size=128, epochs=4, warmup_epochs=0.2, crop_min=0.5),
+    source="measured here")
 _DIGITS = dict(  # found on 1,000 held-out training images, see docs/results.md
     pretrain=dict(lr_base=0.3, batch_size=48, epochs=16, warmup_epochs=0.8, temperature=0.2,
                   crop_min=0.5, ema_decay=0.99),
@@ -252,6 +260,7 @@ RECIPES = {  # (data set, row, init, labels %): {stage: settings that differ fro
     **{("imagenet", row, None, labels): _imagenet(row, labels)
        for row in TABLE_1 for labels in (1, 10, 100)},
     ("imagenet", None, None, None): dict(source="no row of the paper"),
+    ("cifar10", "resnet_digits", None, 1): _CIFAR_SMALL,
     ("cifar10", None, None, None): _CIFAR,
     ("cifar100", None, None, None): _CIFAR,
     ("food101", None, None, None): _SMALL,

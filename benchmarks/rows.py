@@ -167,6 +167,21 @@ ROWS |= {f"s4former/third/{name}": (
     for name, (what, flags, seeds) in _THIRD.items()}
 
 
+# ----- photographs on a CPU: small networks, minutes --------------------------------------------
+
+_C10 = "--dataset cifar10 --data-path $SSL_DATA/cifar10"
+_SIMCLR = f"simclrv2.py {_C10} --arch resnet_digits --labels 1 --evals 2"
+ROWS |= {f"simclrv2/cifar10_1/{name}": (
+    "SimCLRv2 on CIFAR-10, 1% of the labels, minutes on a CPU", what, f"{_SIMCLR}{flags}", 3,
+    *stages) for name, (what, flags, *stages) in {
+        "sup": ("labels only, weak augmentation as for fine-tuning", "", ["sup"]),
+        "sup_strong": ("labels only, strong augmentation", " --method sup --augment strong"),
+        "linear": ("pretrained, linear classifier on h", "", ["pretrain", "linear"]),
+        "finetune": ("pretrained, fine-tuned", "", ["pretrain", "finetune"]),
+        "distill": ("pretrained, fine-tuned, distilled", "", ["pretrain", "finetune", "distill"]),
+    }.items()}
+
+
 # ----- photographs on a GPU: larger networks, more updates. Settings that nobody has tried yet ----
 
 
