@@ -181,7 +181,8 @@ ROWS |= {f"simclrv2/cifar10_1/{name}": (
         "distill": ("pretrained, fine-tuned, distilled", "", ["pretrain", "finetune", "distill"]),
     }.items()}
 _CAMVID = ("s4former.py --dataset camvid --data-path $SSL_DATA/camvid --labels 12.5 --arch mit_b0 "
-           "--image-size 128 --lr 1e-3 --head-lr-scale 1 --warmup-iterations 50 --tau 0.8 --evals 2")
+           "--image-size 128 --lr 1e-3 --head-lr-scale 1 --warmup-iterations 50 --tau 0.8 "
+           "--evals 2")
 ROWS |= {f"s4former/camvid/{name}": (
     "S4Former on CamVid, 1/8 of the masks, minutes on a CPU", what, f"{_CAMVID} {flags}", 3,
     *stages) for name, (what, flags, *stages) in {
