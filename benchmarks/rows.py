@@ -180,16 +180,34 @@ ROWS |= {f"simclrv2/cifar10_1/{name}": (
         "finetune": ("pretrained, fine-tuned", "", ["pretrain", "finetune"]),
         "distill": ("pretrained, fine-tuned, distilled", "", ["pretrain", "finetune", "distill"]),
     }.items()}
+_VIT = f"semi_vit.py {_C10} --arch vit_digits --labels 10 --evals 2"
+_AFTER = f"{_VIT} --init {{pretrain}}/mae_pretrain_vit_digits.pth"
+ROWS["semi_mae/cifar10/mae"] = (
+    None, "MAE on all pictures", f"semi_mae.py --method mae {_C10} --arch vit_digits", 1)
+ROWS |= {f"semi_vit/cifar10/{name}": (
+    "Semi-ViT on CIFAR-10, 10% of the labels, minutes on a CPU", what,
+    command, seeds, *stages)
+    for name, (what, command, seeds, *stages) in {
+        "sup": ("from scratch: supervised stage", _VIT, 3, ["sup"]),
+        "sup_long": ("from scratch: supervised, as many updates as both stages",
+                     f"{_VIT} --method sup --epochs 25", 3),
+        "prob": ("from scratch: Semi-ViT", _VIT, 3),
+        "mae_sup": ("after MAE: supervised stage", ["semi_mae/cifar10/mae", _AFTER], 3, ["sup"]),
+        "mae_sup_long": ("after MAE: supervised, as many updates as both stages",
+                         ["semi_mae/cifar10/mae", f"{_AFTER} --method sup --epochs 25"], 3),
+        "mae_prob": ("after MAE: Semi-ViT", ["semi_mae/cifar10/mae", _AFTER], 3),
+        "mae_fixmatch": ("after MAE: FixMatch (m = 0, no mixing)",
+                         ["semi_mae/cifar10/mae", f"{_AFTER} --method fixmatch"], 1)}.items()}
 _CAMVID = ("s4former.py --dataset camvid --data-path $SSL_DATA/camvid --labels 12.5 --arch mit_b0 "
            "--image-size 128 --lr 1e-3 --head-lr-scale 1 --warmup-iterations 50 --tau 0.8 "
            "--evals 2")
 ROWS |= {f"s4former/camvid/{name}": (
     "S4Former on CamVid, 1/8 of the masks, minutes on a CPU", what, f"{_CAMVID} {flags}", 3,
     *stages) for name, (what, flags, *stages) in {
-        "sup": ("supervised stage", "--iterations sup=400,semi=300", ["sup"]),
+        "sup": ("supervised stage", "--iterations sup=300,semi=200", ["sup"]),
         "sup_long": ("supervised, as many updates as both stages",
-                     "--method sup --iterations sup=700"),
-        "s4former": ("S4Former", "--iterations sup=400,semi=300")}.items()}
+                     "--method sup --iterations sup=500"),
+        "s4former": ("S4Former", "--iterations sup=300,semi=200")}.items()}
 
 
 # ----- photographs on a GPU: larger networks, more updates. Settings that nobody has tried yet ----
