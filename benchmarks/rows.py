@@ -198,6 +198,16 @@ ROWS |= {f"semi_vit/cifar10/{name}": (
         "mae_prob": ("after MAE: Semi-ViT", ["semi_mae/cifar10/mae", _AFTER], 3),
         "mae_fixmatch": ("after MAE: FixMatch (m = 0, no mixing)",
                          ["semi_mae/cifar10/mae", f"{_AFTER} --method fixmatch"], 1)}.items()}
+_FORMER = f"semiformer.py {_C10} --labels 10 --evals 2 --arch"
+ROWS |= {f"semiformer/cifar10/{name}": (
+    "Semiformer on CIFAR-10, 10% of the labels, minutes on a CPU", what, f"{_FORMER} {flags}",
+    seeds, *stages)
+    for name, (what, flags, seeds, *stages) in {
+        "sup": ("supervised stage", "vit_conv_digits", 3, ["sup"]),
+        "sup_long": ("supervised, as many updates as both stages",
+                     "vit_conv_digits --method sup --epochs 38", 3),
+        "semiformer": ("Semiformer", "vit_conv_digits", 3),
+        "vanilla": ("FixMatch on the CNN stream", "conv_digits", 1)}.items()}
 _CAMVID = ("s4former.py --dataset camvid --data-path $SSL_DATA/camvid --labels 12.5 --arch mit_b0 "
            "--image-size 128 --lr 1e-3 --head-lr-scale 1 --warmup-iterations 50 --tau 0.8 "
            "--evals 2")
