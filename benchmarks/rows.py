@@ -198,6 +198,15 @@ ROWS |= {f"semi_vit/cifar10/{name}": (
         "mae_prob": ("after MAE: Semi-ViT", ["semi_mae/cifar10/mae", _AFTER], 3),
         "mae_fixmatch": ("after MAE: FixMatch (m = 0, no mixing)",
                          ["semi_mae/cifar10/mae", f"{_AFTER} --method fixmatch"], 1)}.items()}
+_MAE = f"semi_mae.py {_C10} --arch vit_digits --labels 10 --evals 2 --init {{pretrain}}"
+ROWS |= {f"semi_mae/cifar10/{name}": (
+    "Semi-MAE on CIFAR-10, 10% of the labels, after MAE, minutes on a CPU", what,
+    ["semi_mae/cifar10/mae", f"{_MAE} {flags}".strip()], 3, *stages)
+    for name, (what, flags, *stages) in {
+        "sup": ("supervised stage", "", ["sup"]),
+        "sup_long": ("supervised, as many updates as both stages", "--method sup --epochs 25"),
+        "fixmatch": ("FixMatch (no branch)", "--method fixmatch"),
+        "semi_mae": ("Semi-MAE", "")}.items()}
 _FORMER = f"semiformer.py {_C10} --labels 10 --evals 2 --arch"
 ROWS |= {f"semiformer/cifar10/{name}": (
     "Semiformer on CIFAR-10, 10% of the labels, minutes on a CPU", what, f"{_FORMER} {flags}",
