@@ -33,7 +33,7 @@ def contact_sheet(rows: dict[str, Tensor], path: Path, title: str = ""):
         axis.set_ylabel(label, rotation=0, ha="right", va="center")
         axis.set_xticks([]), axis.set_yticks([])
         axis.spines[:].set_visible(False)
-    figure.suptitle(title, fontsize=10)
+    axes[0, 0].set_title(title, fontsize=10)  # not a suptitle, which stays far above many rows
     figure.savefig(path, bbox_inches="tight", dpi=120)
     plt.close(figure)
 
