@@ -188,7 +188,7 @@ ROWS |= {f"semi_vit/cifar10/{name}": (
     "Semi-ViT on CIFAR-10, 10% of the labels, minutes on a CPU", what,
     command, seeds, *stages)
     for name, (what, command, seeds, *stages) in {
-        "sup": ("from scratch: supervised stage", f"{_VIT} --method sup", 3),
+        "sup": ("from scratch: supervised stage", _VIT, 1, ["sup"]),
         "prob": ("from scratch: Semi-ViT", _VIT, 1),
         "mae_sup": ("after MAE: supervised stage", ["semi_mae/cifar10/mae", _AFTER], 3, ["sup"]),
         "mae_sup_long": ("after MAE: supervised, as many updates as both stages",
