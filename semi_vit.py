@@ -204,8 +204,9 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see 
               layer_decay=0.9, drop_path=0.0, label_smoothing=0.0, mixup=0.0, mix_labeled=0,
               reprob=0.0, tau=0.8, lambda_u=1.0, ema_decay=0.99, crop_min=0.5),
     source="measured here")
-_CIFAR_SCRATCH = dict(sup=dict(_CIFAR_SMALL["sup"], layer_decay=1.0),
-                      semi=dict(_CIFAR_SMALL["semi"], layer_decay=1.0), source="measured here")
+_CIFAR_SCRATCH = dict(  # the same, not searched
+    sup=dict(_CIFAR_SMALL["sup"], layer_decay=1.0),
+    semi=dict(_CIFAR_SMALL["semi"], layer_decay=1.0), source="measured here")
 
 RECIPES = {  # (data set, arch, init, labels %): {stage: settings that differ from the defaults}
     ("imagenet", "vit_small", "self", 10): dict(

@@ -245,6 +245,7 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see 
     sup=dict(lr_base=0.64, batch_size=50, epochs=200, warmup_epochs=0, crop_min=0.5),
     linear=dict(lr_base=3.2, batch_size=50, epochs=100, weight_decay=0.0, crop_min=0.5),
     finetune=dict(lr_base=0.02, batch_size=25, epochs=100, crop_min=0.5),
+    # its learning rate was not searched
     distill=dict(lr_base=0.05, batch_size=128, epochs=4, warmup_epochs=0.2, crop_min=0.5),
     source="measured here")
 _DIGITS = dict(  # found on 1,000 held-out training images, see docs/results.md

@@ -9,7 +9,7 @@
                                                         docs/logs: mean and range of the seeds
 
 Rows on photographs name $SSL_DATA: the folder that holds cifar10/, imagenette/ and camvid/, each as
-the README's section on data describes it. Rows without a log in docs/logs have not been run yet.
+the README's section Photographs says. Rows without a log in docs/logs have not been run yet.
 
 Nothing in docs/results.md is typed by hand: every number comes from a log in docs/logs, every
 sentence from docs/results.head.md and docs/results.notes.json (one note per table).
