@@ -1619,12 +1619,14 @@ def start_processes(args) -> SimpleNamespace:
     if workers is None:  # digits are drawn more quickly here than they are sent between processes
         workers = 0 if args.dataset == "digits" else min(8, (os.cpu_count() or 1) // world)
     stats = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device=device)
+    precision = Precision(device, args.dtype)
+    plain = device.type == "cpu" and precision.dtype == torch.float32  # as docs/results.md shows
     return SimpleNamespace(
         rank=rank, world=world, device=device, workers=workers, folder=None, results={},
         max_bad_images=args.max_bad_images,
         device_ids=[device.index] if device.type == "cuda" else None,
-        precision=Precision(device, args.dtype),
-        layout=torch.channels_last if device.type == "cuda" else torch.contiguous_format,
+        precision=precision,
+        layout=torch.contiguous_format if plain else torch.channels_last,
         image_size=args.image_size or DATASETS[args.dataset][0],
         stats=255.0 * stats.view(2, 3, 1, 1))
 
