@@ -248,6 +248,8 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see 
     # its learning rate was not searched
     distill=dict(lr_base=0.05, batch_size=128, epochs=4, warmup_epochs=0.2, crop_min=0.5),
     source="measured here")
+_CIFAR_2X = dict(  # half an hour of a core in bf16, as above
+    _CIFAR_SMALL, pretrain=dict(_CIFAR_SMALL["pretrain"], epochs=30, warmup_epochs=1.5))
 _DIGITS = dict(  # found on 1,000 held-out training images, see docs/results.md
     pretrain=dict(lr_base=0.3, batch_size=48, epochs=16, warmup_epochs=0.8, temperature=0.2,
                   crop_min=0.5, ema_decay=0.99),
@@ -262,6 +264,7 @@ RECIPES = {  # (data set, row, init, labels %): {stage: settings that differ fro
        for row in TABLE_1 for labels in (1, 10, 100)},
     ("imagenet", None, None, None): dict(source="no row of the paper"),
     ("cifar10", "resnet_digits", None, 1): _CIFAR_SMALL,
+    ("cifar10", "resnet_digits_2x", None, 1): _CIFAR_2X,
     ("cifar10", None, None, None): _CIFAR,
     ("cifar100", None, None, None): _CIFAR,
     ("food101", None, None, None): _SMALL,

@@ -444,6 +444,25 @@ def one_update(model, optimizer, precision, fault=None):
     return applied.item()
 
 
+def test_bf16_on_a_cpu_attends_in_plain_products():  # the fused kernel's backward pass is slow
+    random = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=random).requires_grad_()
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+
+    def gradient(precision):
+        with precision.autocast():
+            out = nn.functional.scaled_dot_product_attention(q, k, v)
+            fused = torch.backends.cuda.flash_sdp_enabled()
+        return torch.cat(torch.autograd.grad(out.float().square().sum(), (q, k, v))), fused
+
+    want, fused = gradient(Precision(torch.device("cpu"), "fp32"))
+    assert fused
+    got, fused = gradient(Precision(torch.device("cpu"), "bf16"))
+    assert not fused and torch.backends.cuda.flash_sdp_enabled()  # within autocast alone
+    assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == before
+    torch.testing.assert_close(got, want, atol=0.05, rtol=0.05)
+
+
 @pytest.mark.parametrize("fault, named", [("loss", "loss"), ("gradient", "gradient of 1.weight")])
 def test_r7_an_update_that_is_not_finite_is_masked_and_named(fault, named):
     model, optimizer, precision = trained()
