@@ -267,6 +267,10 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; sup and semi: semi_vit.py's numbers, n
               warmup_epochs=0, lr_span="stage", pool="avg", drop_path=0.0, reprob=0.0, crop_min=0.5,
               tau=0.8, lambda_u=1.0, mae_weight=1.0),
     source="pretrain measured here, the others not tried")
+_NETTE_SMALL = dict(  # 64 pixels in patches of 8; as above
+    pretrain=dict(_CIFAR_SMALL["pretrain"], epochs=150, warmup_epochs=8),
+    sup=dict(_CIFAR_SMALL["sup"], epochs=100, warmup_epochs=5),
+    semi=dict(_CIFAR_SMALL["semi"], epochs=40, warmup_epochs=0), source="measured here")
 
 RECIPES = {  # (data set, arch, init, labels %): {stage: settings that differ from the defaults}
     ("imagenet", "vit_small", None, 10): dict(pretrain={}, sup={}, semi={},
@@ -279,6 +283,7 @@ RECIPES = {  # (data set, arch, init, labels %): {stage: settings that differ fr
     ("cifar10", "vit_digits", None, 10): _CIFAR_SMALL,
     ("cifar10", None, None, None): _untuned(512, lomar_window=5),  # 8 x 8 patches
     ("cifar100", None, None, None): _untuned(512, lomar_window=5),
+    ("imagenette", "vit_digits", None, 10): _NETTE_SMALL,
     ("imagenette", None, None, None): _untuned(256),
     ("folder", None, None, None): _untuned(256),
 }

@@ -103,6 +103,7 @@ DATASETS = {  # pixels, patch of a ViT and a ConvNeXt's stem (None: its own), cl
     "digits": (28, (7, 2), 10, 8000),
     "cifar10": (32, (4, 2), 10, 50000),
     "cifar100": (32, (4, 2), 100, 50000),
+    "imagenette": (112, (8, 2), 10, 9469),
     "food101": (224, (None, None), 101, 75750),
     "inat2019": (224, (None, None), 1010, 265213),
     "imagenet": (224, (None, None), 1000, 1281167),
@@ -207,6 +208,9 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see 
 _CIFAR_SCRATCH = dict(  # the same, not searched
     sup=dict(_CIFAR_SMALL["sup"], layer_decay=1.0),
     semi=dict(_CIFAR_SMALL["semi"], layer_decay=1.0), source="measured here")
+_NETTE_SMALL = dict(  # 64 pixels in patches of 8; as above
+    sup=dict(_CIFAR_SMALL["sup"], epochs=100, warmup_epochs=5),
+    semi=dict(_CIFAR_SMALL["semi"], epochs=10, warmup_epochs=1), source="measured here")
 
 RECIPES = {  # (data set, arch, init, labels %): {stage: settings that differ from the defaults}
     ("imagenet", "vit_small", "self", 10): dict(
@@ -249,6 +253,8 @@ RECIPES = {  # (data set, arch, init, labels %): {stage: settings that differ fr
     ("cifar10", "vit_digits", "scratch", 10): _CIFAR_SCRATCH,
     ("cifar10", None, None, None): _CIFAR,
     ("cifar100", None, None, None): _CIFAR,
+    ("imagenette", "vit_digits", "self", 10): _NETTE_SMALL,
+    ("imagenette", None, None, None): _FOLDER,
 }
 
 

@@ -134,6 +134,7 @@ DATASETS = {  # pixels, classes, train images
     "digits": (32, 10, 8000),
     "cifar10": (32, 10, 50000),
     "cifar100": (32, 100, 50000),
+    "imagenette": (112, 10, 9469),
     "imagenet": (224, 1000, 1281167),
     "places205": (224, 205, 2448873),
     "folder": (224, None, None),
@@ -229,6 +230,10 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see 
     semi=dict(epochs=8, batch_size=128, batch_group=0, unlabeled_ratio=1, lr=1e-3, warmup_epochs=0,
               schedule="each", lr_lag=0, drop_path=0.0, label_smoothing=0.0, reprob=0.0, tau=0.8,
               lambda_u=1.0, crop_min=0.5), source="measured here")
+_NETTE_SMALL = dict(  # 32 pixels; as above
+    sup=dict(_CIFAR_SMALL["sup"], epochs=200, warmup_epochs=5, crop_min=0.35),
+    semi=dict(_CIFAR_SMALL["semi"], epochs=70, batch_size=256, unlabeled_ratio=3, crop_min=0.35),
+    source="measured here")
 
 RECIPES = {  # (data set, arch, recipe, labels %): {stage: settings that differ from the defaults}
     ("imagenet", "vit_conv", "R1", 10): _MAIN,
@@ -253,6 +258,8 @@ RECIPES = {  # (data set, arch, recipe, labels %): {stage: settings that differ 
     ("cifar10", None, "small", 10): _CIFAR_SMALL,
     ("cifar10", None, None, None): _CIFAR,
     ("cifar100", None, None, None): _CIFAR,
+    ("imagenette", None, "small", 10): _NETTE_SMALL,
+    ("imagenette", None, None, None): dict(_OWN, source="as for a folder; not tuned"),
 }
 
 _FULL = ("semiformer", "conv")
@@ -385,7 +392,7 @@ def recipe_name(args) -> str:
         return args.recipe
     if args.dataset == "digits":
         return "digits" if args.arch.endswith("_digits") else "none"
-    if args.dataset == "cifar10" and args.arch.endswith("_digits"):
+    if args.dataset in ("cifar10", "imagenette") and args.arch.endswith("_digits"):
         return "small"
     fits = {("imagenet", 5): "R3", ("imagenet", 20): "R4", ("places205", 5): "R6"}
     if (args.dataset, percent(args)) in fits:

@@ -118,6 +118,7 @@ DATASETS = {  # pixels, classes, training images
     "digits": (28, 10, 8000),
     "cifar10": (32, 10, 50000),
     "cifar100": (32, 100, 50000),
+    "imagenette": (112, 10, 9469),
     "food101": (224, 101, 75750),
     "inat2019": (224, 1010, 265213),
     "imagenet": (224, 1000, 1281167),
@@ -250,6 +251,11 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see 
     source="measured here")
 _CIFAR_2X = dict(  # as above, pretrained for longer, in bf16
     _CIFAR_SMALL, pretrain=dict(_CIFAR_SMALL["pretrain"], epochs=20, warmup_epochs=1))
+_NETTE_SMALL = dict(  # 48 pixels; as above
+    pretrain=dict(_CIFAR_SMALL["pretrain"], epochs=60, warmup_epochs=3),
+    sup=dict(_CIFAR_SMALL["sup"], lr_base=0.32, epochs=100),
+    linear=_CIFAR_SMALL["linear"], finetune=dict(_CIFAR_SMALL["finetune"], epochs=60),
+    distill=dict(_CIFAR_SMALL["distill"], epochs=20, warmup_epochs=1), source="measured here")
 _DIGITS = dict(  # found on 1,000 held-out training images, see docs/results.md
     pretrain=dict(lr_base=0.3, batch_size=48, epochs=16, warmup_epochs=0.8, temperature=0.2,
                   crop_min=0.5, ema_decay=0.99),
@@ -267,6 +273,8 @@ RECIPES = {  # (data set, row, init, labels %): {stage: settings that differ fro
     ("cifar10", "resnet_digits_2x", None, 1): _CIFAR_2X,
     ("cifar10", None, None, None): _CIFAR,
     ("cifar100", None, None, None): _CIFAR,
+    ("imagenette", "resnet_digits", None, 10): _NETTE_SMALL,
+    ("imagenette", None, None, None): _SMALL,
     ("food101", None, None, None): _SMALL,
     ("inat2019", None, None, None): _SMALL,
     ("folder", None, None, None): _SMALL,

@@ -170,41 +170,72 @@ ROWS |= {f"s4former/third/{name}": (
 # ----- photographs on a CPU: small networks, minutes --------------------------------------------
 
 _C10 = "--dataset cifar10 --data-path $SSL_DATA/cifar10"
-_SIMCLR = f"simclrv2.py {_C10} --arch resnet_digits --labels 1 --evals 2"
+_SIMCLR = (f"simclrv2.py {_C10} --arch resnet_digits --width 2 --labels 1 --dtype bf16 "
+           "--evals 2")
+_AFTER = ["simclrv2/cifar10_1/pretrain", f"{_SIMCLR} --init {{pretrain}}"]
+_STRONG = [_AFTER[0], f"{_AFTER[1]} --augment finetune=strong,distill=strong"]
+ROWS["simclrv2/cifar10_1/pretrain"] = (
+    None, "contrastive pretraining on all pictures", f"{_SIMCLR} --stage pretrain", 1)
 ROWS |= {f"simclrv2/cifar10_1/{name}": (
-    "SimCLRv2 on CIFAR-10, 1% of the labels, minutes on a CPU", what, f"{_SIMCLR}{flags}", 3,
-    *stages) for name, (what, flags, *stages) in {
-        "sup": ("labels only, weak augmentation as for fine-tuning", "", ["sup"]),
-        "sup_strong": ("labels only, strong augmentation", " --method sup --augment strong"),
-        "linear": ("pretrained, linear classifier on h", "", ["pretrain", "linear"]),
-        "finetune": ("pretrained, fine-tuned", "", ["pretrain", "finetune"]),
-        "distill": ("pretrained, fine-tuned, distilled", "", ["pretrain", "finetune", "distill"]),
+    "SimCLRv2 on CIFAR-10, 1% of the labels, minutes on a CPU", what, command, 3, *stages)
+    for name, (what, command, *stages) in {
+        "sup": ("labels only, weak augmentation", _AFTER, ["sup"]),
+        "sup_strong": ("labels only, strong augmentation",
+                       f"{_SIMCLR} --method sup --augment strong"),
+        "linear": ("pretrained, linear classifier on h", _AFTER, ["linear"]),
+        "finetune": ("pretrained, fine-tuned", _AFTER, ["finetune"]),
+        "distill": ("pretrained, fine-tuned, distilled", _AFTER, ["finetune", "distill"]),
+        "finetune_strong": ("pretrained, fine-tuned with strong augmentation", _STRONG,
+                            ["finetune"]),
+        "distill_strong": ("pretrained, both with strong augmentation", _STRONG,
+                           ["finetune", "distill"]),
     }.items()}
-_VIT = f"semi_vit.py {_C10} --arch vit_digits --labels 10 --evals 2"
-_AFTER = f"{_VIT} --init {{pretrain}}/mae_pretrain_vit_digits.pth"
 ROWS["semi_mae/cifar10/mae"] = (
-    None, "MAE on all pictures", f"semi_mae.py --method mae {_C10} --arch vit_digits", 1)
-ROWS |= {f"semi_vit/cifar10/{name}": (
-    "Semi-ViT on CIFAR-10, 10% of the labels, minutes on a CPU", what,
-    command, seeds, *stages)
-    for name, (what, command, seeds, *stages) in {
-        "sup": ("from scratch: supervised stage", _VIT, 1, ["sup"]),
-        "prob": ("from scratch: Semi-ViT", _VIT, 1),
-        "mae_sup": ("after MAE: supervised stage", ["semi_mae/cifar10/mae", _AFTER], 3, ["sup"]),
-        "mae_sup_long": ("after MAE: supervised, as many updates as both stages",
-                         ["semi_mae/cifar10/mae", f"{_AFTER} --method sup --epochs 25"], 3),
-        "mae_prob": ("after MAE: Semi-ViT", ["semi_mae/cifar10/mae", _AFTER], 3),
-        "mae_fixmatch": ("after MAE: FixMatch (m = 0, no mixing)",
-                         ["semi_mae/cifar10/mae", f"{_AFTER} --method fixmatch"], 1)}.items()}
-_MAE = f"semi_mae.py {_C10} --arch vit_digits --labels 10 --evals 2 --init {{pretrain}}"
-ROWS |= {f"semi_mae/cifar10/{name}": (
-    "Semi-MAE on CIFAR-10, 10% of the labels, after MAE, minutes on a CPU", what,
-    ["semi_mae/cifar10/mae", f"{_MAE} {flags}".strip()], 3, *stages)
-    for name, (what, flags, *stages) in {
-        "sup": ("supervised stage", "", ["sup"]),
-        "sup_long": ("supervised, as many updates as both stages", "--method sup --epochs 25"),
-        "fixmatch": ("FixMatch (no branch)", "--method fixmatch"),
-        "semi_mae": ("Semi-MAE", "")}.items()}
+    None, "MAE on all pictures", f"semi_mae.py --method mae {_C10} --arch vit_digits --dtype bf16",
+    1)
+ROWS["semi_mae/imagenette/mae"] = (
+    None, "MAE on all pictures", "semi_mae.py --method mae --dataset imagenette --data-path "
+    "$SSL_DATA/imagenette --image-size 64 --patch-size 8 --arch vit_digits --dtype bf16", 1)
+
+
+def _after_mae(name, title, data, long):
+    """Semi-ViT's and Semi-MAE's rows after MAE on all pictures; long: epochs of sup_long."""
+    mae = f"semi_mae/{name}/mae"
+    flags = f"{data} --arch vit_digits --labels 10 --dtype bf16 --evals 2"
+    vit = f"semi_vit.py {flags} --init {{pretrain}}/mae_pretrain_vit_digits.pth"
+    own = f"semi_mae.py {flags} --init {{pretrain}}"
+    sup_long = "supervised, as many updates as both stages"
+    rows = {
+        "semi_vit": {
+            "sup": ("from scratch: supervised stage", f"semi_vit.py {flags}", 1, ["sup"]),
+            "prob": ("from scratch: Semi-ViT", f"semi_vit.py {flags}", 1),
+            "mae_sup": ("after MAE: supervised stage", vit, 3, ["sup"]),
+            "mae_sup_long": (f"after MAE: {sup_long}", f"{vit} --method sup --epochs {long[0]}", 3),
+            "mae_prob": ("after MAE: Semi-ViT", vit, 3),
+            "mae_fixmatch": ("after MAE: FixMatch (m = 0, no mixing)", f"{vit} --method fixmatch",
+                             1)},
+        "semi_mae": {
+            "sup": ("supervised stage", own, 3, ["sup"]),
+            "sup_long": (sup_long, f"{own} --method sup --epochs {long[1]}", 3),
+            "fixmatch": ("FixMatch (no branch)", f"{own} --method fixmatch", 1),
+            "semi_mae": ("Semi-MAE", own, 3)}}
+    if name != "cifar10":  # there the baselines and the main method
+        for of_script, left_out in (("semi_vit", ("sup", "prob", "mae_fixmatch")),
+                                    ("semi_mae", ("fixmatch",))):
+            for row in left_out:
+                del rows[of_script][row]
+    titles = dict(semi_vit=f"Semi-ViT on {title}", semi_mae=f"Semi-MAE on {title}, after MAE")
+    return {f"{script}/{name}/{row}": (
+        f"{titles[script]}, minutes on a CPU", what,
+        [mae, command] if "{pretrain}" in command else command, seeds, *stages)
+        for script, of_script in rows.items()
+        for row, (what, command, seeds, *stages) in of_script.items()}
+
+
+ROWS |= _after_mae("cifar10", "CIFAR-10, 10% of the labels", _C10, (25, 25))
+ROWS |= _after_mae("imagenette", "Imagenette at 64 pixels, 10% of the labels",
+                   "--dataset imagenette --data-path $SSL_DATA/imagenette --image-size 64 "
+                   "--patch-size 8", (200, 200))
 _FORMER = f"semiformer.py {_C10} --labels 10 --evals 2 --arch"
 ROWS |= {f"semiformer/cifar10/{name}": (
     "Semiformer on CIFAR-10, 10% of the labels, minutes on a CPU", what, f"{_FORMER} {flags}",
@@ -215,6 +246,27 @@ ROWS |= {f"semiformer/cifar10/{name}": (
                      "vit_conv_digits --method sup --epochs 38", 3),
         "semiformer": ("Semiformer", "vit_conv_digits", 3),
         "vanilla": ("FixMatch on the CNN stream", "conv_digits", 1)}.items()}
+_NETTE = "--dataset imagenette --data-path $SSL_DATA/imagenette --labels 10 --dtype bf16 --evals 2"
+_FORMER = f"semiformer.py {_NETTE} --image-size 32 --arch vit_conv_digits"
+ROWS |= {f"semiformer/imagenette/{name}": (
+    "Semiformer on Imagenette at 32 pixels, 10% of the labels, minutes on a CPU", what,
+    f"{_FORMER} {flags}", 3, *stages) for name, (what, flags, *stages) in {
+        "sup": ("supervised stage", "", ["sup"]),
+        "sup_long": ("supervised, as many updates as both stages", "--method sup --epochs 270"),
+        "semiformer": ("Semiformer", "")}.items()}
+_SIMCLR = f"simclrv2.py {_NETTE} --image-size 48 --arch resnet_digits"
+_AFTER = ["simclrv2/imagenette/pretrain", f"{_SIMCLR} --init {{pretrain}}"]
+ROWS["simclrv2/imagenette/pretrain"] = (
+    None, "contrastive pretraining on all pictures", f"{_SIMCLR} --stage pretrain", 1)
+ROWS |= {f"simclrv2/imagenette/{name}": (
+    "SimCLRv2 on Imagenette at 48 pixels, 10% of the labels, minutes on a CPU", what, command, 3,
+    *stages) for name, (what, command, *stages) in {
+        "sup": ("labels only, weak augmentation", _AFTER, ["sup"]),
+        "sup_strong": ("labels only, strong augmentation",
+                       f"{_SIMCLR} --method sup --augment strong"),
+        "linear": ("pretrained, linear classifier on h", _AFTER, ["linear"]),
+        "finetune": ("pretrained, fine-tuned", _AFTER, ["finetune"]),
+        "distill": ("pretrained, fine-tuned, distilled", _AFTER, ["finetune", "distill"])}.items()}
 _CAMVID = ("s4former.py --dataset camvid --data-path $SSL_DATA/camvid --labels 12.5 --arch mit_b0 "
            "--image-size 128 --lr 1e-3 --head-lr-scale 1 --warmup-iterations 50 --tau 0.8 "
            "--evals 2")
@@ -292,14 +344,14 @@ def _gpu(name, title, data, size, patch, data_mae, sup, semi, semi_l, both, mae_
 
 
 _CIFAR = "--dataset cifar10 --data-path $SSL_DATA/cifar10 --labels"
-_NETTE = "--data-path $SSL_DATA/imagenette --labels 10"
+_NETTE = "--dataset imagenette --data-path $SSL_DATA/imagenette --labels 10"
 ROWS |= {
     **_gpu("cifar10_10", "CIFAR-10, 10% of the labels, on a GPU", f"{_CIFAR} 10", "", "",
            f"{_CIFAR} 10", 100, 40, 72, 172),
     **_gpu("cifar10_1", "CIFAR-10, 1% of the labels, on a GPU", f"{_CIFAR} 1", "", "",
            f"{_CIFAR} 1", 1000, 40, 880, 1880, mae_row="gpu/cifar10_10/mae"),
     **_gpu("imagenette_10", "Imagenette, 10% of the labels, on a GPU", _NETTE, "--image-size 112",
-           "--patch-size 8", f"--dataset imagenette {_NETTE}", 300, 150, 279, 579),
+           "--patch-size 8", _NETTE, 300, 150, 279, 579),
 }
 _CAMVID = "s4former.py --dataset camvid --data-path $SSL_DATA/camvid --labels 12.5 --arch mit_b0"
 ROWS |= {f"gpu/camvid/{name}": ("CamVid, 1/8 of the masks, on a GPU", what, f"{_CAMVID}{flags}",
