@@ -268,7 +268,7 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; sup and semi: semi_vit.py's numbers, n
               tau=0.8, lambda_u=1.0, mae_weight=1.0),
     source="pretrain measured here, the others not tried")
 _NETTE_SMALL = dict(  # 64 pixels in patches of 8; as above
-    pretrain=dict(_CIFAR_SMALL["pretrain"], epochs=150, warmup_epochs=8),
+    pretrain=dict(_CIFAR_SMALL["pretrain"], epochs=80, warmup_epochs=4),
     sup=dict(_CIFAR_SMALL["sup"], epochs=100, warmup_epochs=5),
     semi=dict(_CIFAR_SMALL["semi"], epochs=40, warmup_epochs=0), source="measured here")
 
