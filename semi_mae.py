@@ -263,8 +263,8 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; sup and semi: semi_vit.py's numbers, n
     pretrain=dict(_SMALL_BRANCH, epochs=40, batch_size=256, lr=2e-3, warmup_epochs=2),
     sup=dict(epochs=20, batch_size=64, lr=2e-3, warmup_epochs=1, lr_span="stage", pool="avg",
              drop_path=0.0, reprob=0.0, crop_min=0.5),
-    semi=dict(_SMALL_BRANCH, epochs=10, batch_size=64, unlabeled_ratio=2.0, lr=5e-4,
-              warmup_epochs=0, lr_span="stage", pool="avg", drop_path=0.0, reprob=0.0, crop_min=0.5,
+    semi=dict(_SMALL_BRANCH, epochs=12, batch_size=64, unlabeled_ratio=2.0, lr=2e-3,
+              warmup_epochs=1, lr_span="stage", pool="avg", drop_path=0.0, reprob=0.0, crop_min=0.5,
               tau=0.8, lambda_u=1.0, mae_weight=1.0),
     source="pretrain measured here, the others not tried")
 _NETTE_SMALL = dict(  # 64 pixels in patches of 8; as above

@@ -201,9 +201,9 @@ _CIFAR = dict(sup=dict(lr_per_256=5e-4, layer_decay=1.0, batch_size=128, crop_mi
 _CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see docs/results.md
     sup=dict(epochs=20, batch_size=64, lr=2e-3, warmup_epochs=1, layer_decay=0.8, drop_path=0.0,
              label_smoothing=0.0, mixup=0.0, cutmix=0.0, reprob=0.0, crop_min=0.5),
-    semi=dict(epochs=3, batch_size=64, unlabeled_ratio=2, lr=5e-4, warmup_epochs=0.1,
+    semi=dict(epochs=3, batch_size=64, unlabeled_ratio=2, lr=2e-3, warmup_epochs=0.1,
               layer_decay=0.9, drop_path=0.0, label_smoothing=0.0, mixup=0.0, mix_labeled=0,
-              reprob=0.0, tau=0.8, lambda_u=1.0, ema_decay=0.99, crop_min=0.5),
+              reprob=0.0, tau=0.8, lambda_u=1.0, ema_decay=0.998, crop_min=0.5),
     source="measured here")
 _CIFAR_SCRATCH = dict(  # the same, not searched
     sup=dict(_CIFAR_SMALL["sup"], layer_decay=1.0),

@@ -232,7 +232,7 @@ def _after_mae(name, title, data, long):
         for row, (what, command, seeds, *stages) in of_script.items()}
 
 
-ROWS |= _after_mae("cifar10", "CIFAR-10, 10% of the labels", _C10, (34, 30))
+ROWS |= _after_mae("cifar10", "CIFAR-10, 10% of the labels", _C10, (34, 32))
 ROWS |= _after_mae("imagenette", "Imagenette at 64 pixels, 10% of the labels",
                    "--dataset imagenette --data-path $SSL_DATA/imagenette --image-size 64 "
                    "--patch-size 8", (200, 200))
