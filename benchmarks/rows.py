@@ -170,9 +170,8 @@ ROWS |= {f"s4former/third/{name}": (
 # ----- photographs on a CPU: small networks, minutes --------------------------------------------
 
 _C10 = "--dataset cifar10 --data-path $SSL_DATA/cifar10"
-_SIMCLR = (f"simclrv2.py {_C10} --arch resnet_digits --width 2 --labels 1 --dtype bf16 "
-           "--evals 2")
-_AFTER = ["simclrv2/cifar10_1/pretrain", f"{_SIMCLR} --init {{pretrain}}"]
+_SIMCLR = f"simclrv2.py {_C10} --arch resnet_digits --width 2 --labels 1 --dtype bf16"
+_AFTER = ["simclrv2/cifar10_1/pretrain", f"{_SIMCLR} --init {{pretrain}} --evals 2"]
 _STRONG = [_AFTER[0], f"{_AFTER[1]} --augment finetune=strong,distill=strong"]
 ROWS["simclrv2/cifar10_1/pretrain"] = (
     None, "contrastive pretraining on all pictures", f"{_SIMCLR} --stage pretrain", 1)
@@ -181,7 +180,7 @@ ROWS |= {f"simclrv2/cifar10_1/{name}": (
     for name, (what, command, *stages) in {
         "sup": ("labels only, weak augmentation", _AFTER, ["sup"]),
         "sup_strong": ("labels only, strong augmentation",
-                       f"{_SIMCLR} --method sup --augment strong"),
+                       f"{_SIMCLR} --method sup --augment strong --evals 2"),
         "linear": ("pretrained, linear classifier on h", _AFTER, ["linear"]),
         "finetune": ("pretrained, fine-tuned", _AFTER, ["finetune"]),
         "distill": ("pretrained, fine-tuned, distilled", _AFTER, ["finetune", "distill"]),
