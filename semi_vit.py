@@ -205,9 +205,10 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see 
               layer_decay=0.9, drop_path=0.0, label_smoothing=0.0, mixup=0.0, mix_labeled=0,
               reprob=0.0, tau=0.8, lambda_u=1.0, ema_decay=0.998, crop_min=0.5),
     source="measured here")
-_CIFAR_SCRATCH = dict(  # the same, not searched
+_CIFAR_SCRATCH = dict(  # not searched
     sup=dict(_CIFAR_SMALL["sup"], layer_decay=1.0),
-    semi=dict(_CIFAR_SMALL["semi"], layer_decay=1.0), source="measured here")
+    semi=dict(_CIFAR_SMALL["semi"], epochs=1, lr=5e-4, layer_decay=1.0, ema_decay=0.99),
+    source="measured here")
 _NETTE_SMALL = dict(  # 64 pixels in patches of 8; as above
     sup=dict(_CIFAR_SMALL["sup"], epochs=100, warmup_epochs=5),
     semi=dict(_CIFAR_SMALL["semi"], epochs=10, warmup_epochs=1), source="measured here")

@@ -200,14 +200,15 @@ ROWS["semi_mae/imagenette/mae"] = (
 def _after_mae(name, title, data, long):
     """Semi-ViT's and Semi-MAE's rows after MAE on all pictures; long: epochs of sup_long."""
     mae = f"semi_mae/{name}/mae"
+    scratch = f"semi_vit.py {data} --arch vit_digits --labels 10 --evals 2"
     flags = f"{data} --arch vit_digits --labels 10 --dtype bf16 --evals 2"
     vit = f"semi_vit.py {flags} --init {{pretrain}}/mae_pretrain_vit_digits.pth"
     own = f"semi_mae.py {flags} --init {{pretrain}}"
     sup_long = "supervised, as many updates as both stages"
     rows = {
         "semi_vit": {
-            "sup": ("from scratch: supervised stage", f"semi_vit.py {flags}", 1, ["sup"]),
-            "prob": ("from scratch: Semi-ViT", f"semi_vit.py {flags}", 1),
+            "sup": ("from scratch: supervised stage", scratch, 1, ["sup"]),
+            "prob": ("from scratch: Semi-ViT", scratch, 1),
             "mae_sup": ("after MAE: supervised stage", vit, 3, ["sup"]),
             "mae_sup_long": (f"after MAE: {sup_long}", f"{vit} --method sup --epochs {long[0]}", 3),
             "mae_prob": ("after MAE: Semi-ViT", vit, 3),
