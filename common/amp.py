@@ -39,19 +39,20 @@ def available_memory(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _cpu_autocast(dtype: torch.dtype):
-    """torch.autocast on a CPU, with attention in plain matrix products of that dtype.
+def _plain_attention():
+    """Attention in plain matrix products, for bf16 on a CPU.
 
-    The fused kernel's backward pass is several times slower in bf16 than they are: a small ViT of
-    64 tokens takes 2.6 times as long a step with it (torch 2.10 and 2.15).
+    torch's fused kernel is slow there in its backward pass: forward and backward of a ViT of width
+    64, depth 4 and 64 tokens take 2.6 times as long with it (docs/speed.md). The products keep an
+    N x heads x L x L tensor for each block, which the fused kernel does not.
     """
     reduced = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    with torch.autocast("cpu", dtype), sdpa_kernel(SDPBackend.MATH):
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # CPUs heed it too
-        try:
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # CPUs heed it too
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
             yield
-        finally:
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(reduced)
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(reduced)
 
 
 class Precision:
@@ -78,15 +79,21 @@ class Precision:
         """Forget earlier updates: a new stage begins."""
         self.count = self.first_bad = self.skipped = None
 
+    def _attention(self):
+        on = self.device.type == "cpu" and self.dtype == torch.bfloat16
+        return _plain_attention() if on else contextlib.nullcontext()
+
+    @contextlib.contextmanager
     def autocast(self):
         """A fresh context for each forward: two that share one share its cache of cast weights, and
         a pass under no_grad would leave weights there which cut the next pass's gradients."""
-        if self.device.type == "cpu" and self.dtype != torch.float32:
-            return _cpu_autocast(self.dtype)
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        on = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=on), self._attention():
+            yield
 
     def backward(self, loss: Tensor):
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        with self._attention():  # blocks that are computed again take the same kernels
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     @torch.no_grad()
     def update(self, optimizer: torch.optim.Optimizer, losses: dict[str, Tensor]) -> Tensor:

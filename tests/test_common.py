@@ -19,6 +19,7 @@ from types import FunctionType, ModuleType
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import Child
 from PIL import Image
@@ -445,22 +446,44 @@ def one_update(model, optimizer, precision, fault=None):
 
 
 def test_bf16_on_a_cpu_attends_in_plain_products():  # the fused kernel's backward pass is slow
-    random = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=random).requires_grad_()
+    draws = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=draws).requires_grad_()
     before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
 
     def gradient(precision):
         with precision.autocast():
-            out = nn.functional.scaled_dot_product_attention(q, k, v)
+            with precision.autocast():  # as where a step encloses a helper's pass
+                out = nn.functional.scaled_dot_product_attention(q, k, v)
             fused = torch.backends.cuda.flash_sdp_enabled()
         return torch.cat(torch.autograd.grad(out.float().square().sum(), (q, k, v))), fused
 
     want, fused = gradient(Precision(torch.device("cpu"), "fp32"))
     assert fused
-    got, fused = gradient(Precision(torch.device("cpu"), "bf16"))
-    assert not fused and torch.backends.cuda.flash_sdp_enabled()  # within autocast alone
-    assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == before
+    precision = Precision(torch.device("cpu"), "bf16")
+    got, fused = gradient(precision)
+    assert not fused
     torch.testing.assert_close(got, want, atol=0.05, rtol=0.05)
+    with pytest.raises(ZeroDivisionError), precision.autocast():
+        raise ZeroDivisionError
+    assert torch.backends.cuda.flash_sdp_enabled()  # within autocast alone
+    assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == before
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_blocks_computed_again_take_the_same_attention(dtype):
+    model = timm.create_model("vit_tiny_patch16_224", embed_dim=8, depth=2, num_heads=2,
+                              img_size=8, patch_size=4, num_classes=2)
+    x, precision = torch.randn(2, 3, 8, 8), Precision(torch.device("cpu"), dtype)
+
+    def gradients(again):
+        model.set_grad_checkpointing(again)
+        model.zero_grad()
+        with precision.autocast():
+            loss = model(x).float().square().sum()
+        precision.backward(loss)
+        return [p.grad.clone() for p in model.parameters()]
+
+    assert all(map(torch.equal, gradients(False), gradients(True)))
 
 
 @pytest.mark.parametrize("fault, named", [("loss", "loss"), ("gradient", "gradient of 1.weight")])
