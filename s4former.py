@@ -50,7 +50,7 @@ disagree, are the table DEPARTURES below, chosen with --follow. The rest, decide
   E7  DeepLabV3+: 384 pixels, not 321, so that tiles of 128 fit; torchvision's ASPP (Dropout where
       UniMatch's has Dropout2d).
   E8  The classifier stands before the last bilinear upsampling: the two commute, at a quarter
-      of the arithmetic. PASA's mask goes once through the fused kernel, broadcast over heads.
+      of the arithmetic. PASA's mask goes once through torch's attention, broadcast over heads.
   E9  T is the number of updates, 80,000; the code's schedule has T = 80,001.
   E10 BatchNorm normalises by the images of one process (SyncBatchNorm on GPUs), and each student
       pass by itself; running statistics are averaged over the processes.
@@ -753,7 +753,7 @@ def resize_pos_embed(table: Tensor, old: tuple[int, int], new: tuple[int, int]) 
 class ViT(VisionTransformer):
     """timm's ViT; returns the raw tokens after some blocks, (N, D, h, w) each.
 
-    mask (N, 1 + P, 1 + P): added to the scores of every head of every block, in the fused kernel.
+    mask (N, 1 + P, 1 + P): added to the scores of every head of every block, by torch's attention.
     Without the final norm DeiT-B has 86,433,024 parameters at 512 pixels, ViT-L 304,147,456.
     """
 

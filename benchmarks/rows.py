@@ -170,103 +170,89 @@ ROWS |= {f"s4former/third/{name}": (
 # ----- photographs on a CPU: small networks, minutes --------------------------------------------
 
 _C10 = "--dataset cifar10 --data-path $SSL_DATA/cifar10"
-_SIMCLR = f"simclrv2.py {_C10} --arch resnet_digits --width 2 --labels 1 --dtype bf16"
-_AFTER = ["simclrv2/cifar10_1/pretrain", f"{_SIMCLR} --init {{pretrain}} --evals 2"]
-_STRONG = [_AFTER[0], f"{_AFTER[1]} --augment finetune=strong,distill=strong"]
-ROWS["simclrv2/cifar10_1/pretrain"] = (
-    None, "contrastive pretraining on all pictures", f"{_SIMCLR} --stage pretrain", 1)
-ROWS |= {f"simclrv2/cifar10_1/{name}": (
-    "SimCLRv2 on CIFAR-10, 1% of the labels, minutes on a CPU", what, command, 3, *stages)
-    for name, (what, command, *stages) in {
-        "sup": ("labels only, weak augmentation", _AFTER, ["sup"]),
-        "sup_strong": ("labels only, strong augmentation",
-                       f"{_SIMCLR} --method sup --augment strong --evals 2"),
-        "linear": ("pretrained, linear classifier on h", _AFTER, ["linear"]),
-        "finetune": ("pretrained, fine-tuned", _AFTER, ["finetune"]),
-        "distill": ("pretrained, fine-tuned, distilled", _AFTER, ["finetune", "distill"]),
-        "finetune_strong": ("pretrained, fine-tuned with strong augmentation", _STRONG,
-                            ["finetune"]),
-        "distill_strong": ("pretrained, both with strong augmentation", _STRONG,
-                           ["finetune", "distill"]),
-    }.items()}
-ROWS["semi_mae/cifar10/mae"] = (
-    None, "MAE on all pictures", f"semi_mae.py --method mae {_C10} --arch vit_digits --dtype bf16",
-    1)
-ROWS["semi_mae/imagenette/mae"] = (
-    None, "MAE on all pictures", "semi_mae.py --method mae --dataset imagenette --data-path "
-    "$SSL_DATA/imagenette --image-size 64 --patch-size 8 --arch vit_digits --dtype bf16", 1)
+_NETTE = "--dataset imagenette --data-path $SSL_DATA/imagenette"
+_LONG = "supervised, as many updates as both stages"
 
 
-def _after_mae(name, title, data, long):
-    """Semi-ViT's and Semi-MAE's rows after MAE on all pictures; long: epochs of sup_long."""
-    mae = f"semi_mae/{name}/mae"
-    scratch = f"semi_vit.py {data} --arch vit_digits --labels 10 --evals 2"
-    flags = f"{data} --arch vit_digits --labels 10 --dtype bf16 --evals 2"
-    vit = f"semi_vit.py {flags} --init {{pretrain}}/mae_pretrain_vit_digits.pth"
-    own = f"semi_mae.py {flags} --init {{pretrain}}"
-    sup_long = "supervised, as many updates as both stages"
+def _simclr(name, title, flags):
+    """SimCLRv2's rows: all seeds after one pretraining."""
+    command = f"simclrv2.py {flags} --dtype bf16"
+    pretrain = f"simclrv2/{name}/pretrain"
+    after = [pretrain, f"{command} --init {{pretrain}} --evals 2"]
     rows = {
-        "semi_vit": {
-            "sup": ("from scratch: supervised stage", scratch, 1, ["sup"]),
-            "prob": ("from scratch: Semi-ViT", scratch, 1),
-            "mae_sup": ("after MAE: supervised stage", vit, 3, ["sup"]),
-            "mae_sup_long": (f"after MAE: {sup_long}", f"{vit} --method sup --epochs {long[0]}", 3),
-            "mae_prob": ("after MAE: Semi-ViT", vit, 3),
-            "mae_fixmatch": ("after MAE: FixMatch (m = 0, no mixing)", f"{vit} --method fixmatch",
-                             1)},
-        "semi_mae": {
-            "sup": ("supervised stage", own, 3, ["sup"]),
-            "sup_long": (sup_long, f"{own} --method sup --epochs {long[1]}", 3),
-            "fixmatch": ("FixMatch (no branch)", f"{own} --method fixmatch", 1),
-            "semi_mae": ("Semi-MAE", own, 3)}}
-    if name != "cifar10":  # there the baselines and the main method
-        for of_script, left_out in (("semi_vit", ("sup", "prob", "mae_fixmatch")),
-                                    ("semi_mae", ("fixmatch",))):
-            for row in left_out:
-                del rows[of_script][row]
-    titles = dict(semi_vit=f"Semi-ViT on {title}", semi_mae=f"Semi-MAE on {title}, after MAE")
+        "pretrain": (None, "contrastive pretraining on all pictures", f"{command} --stage pretrain",
+                     1),
+        "sup": (title, "labels only", after, 3, ["sup"]),
+        "linear": (title, "pretrained, linear classifier on h", after, 3, ["linear"]),
+        "finetune": (title, "pretrained, fine-tuned", after, 3, ["finetune"]),
+        "distill": (title, "pretrained, fine-tuned, distilled", after, 3, ["finetune", "distill"])}
+    return {f"simclrv2/{name}/{row}": about for row, about in rows.items()}
+
+
+def _mae(name, data):
+    return {f"semi_mae/{name}/mae": (
+        None, "MAE on all pictures",
+        f"semi_mae.py --method mae {data} --arch vit_digits --dtype bf16", 1)}
+
+
+def _after_mae(script, name, title, data, rows):
+    """Rows that start from one MAE on all pictures; rows: what each is, its flags, seeds, ..."""
+    init = "{pretrain}" + "/mae_pretrain_vit_digits.pth" * (script == "semi_vit")
+    command = f"{script}.py {data} --arch vit_digits --labels 10 --dtype bf16 --evals 2"
     return {f"{script}/{name}/{row}": (
-        f"{titles[script]}, minutes on a CPU", what,
-        [mae, command] if "{pretrain}" in command else command, seeds, *stages)
-        for script, of_script in rows.items()
-        for row, (what, command, seeds, *stages) in of_script.items()}
+        title, what, [f"semi_mae/{name}/mae", f"{command} --init {init} {flags}"], seeds, *stages)
+        for row, (what, flags, seeds, *stages) in rows.items()}
 
 
-ROWS |= _after_mae("cifar10", "CIFAR-10, 10% of the labels", _C10, (34, 32))
-ROWS |= _after_mae("imagenette", "Imagenette at 64 pixels, 10% of the labels",
-                   "--dataset imagenette --data-path $SSL_DATA/imagenette --image-size 64 "
-                   "--patch-size 8", (200, 200))
+ROWS |= _simclr("cifar10_1", "SimCLRv2 on CIFAR-10, 1% of the labels, an hour of a CPU",
+                f"{_C10} --arch resnet_digits --width 2 --labels 1")
+ROWS |= _mae("cifar10", _C10)
+_TITLE = "Semi-ViT on CIFAR-10, 10% of the labels, minutes on a CPU"
+_SCRATCH = f"semi_vit.py {_C10} --arch vit_digits --labels 10 --evals 2"
+ROWS["semi_vit/cifar10/sup"] = (_TITLE, "from scratch: supervised stage", _SCRATCH, 1, ["sup"])
+ROWS["semi_vit/cifar10/prob"] = (_TITLE, "from scratch: Semi-ViT", _SCRATCH, 1)
+ROWS |= _after_mae("semi_vit", "cifar10", _TITLE, _C10, {
+    "mae_sup": ("after MAE: supervised stage", "", 3, ["sup"]),
+    "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 34", 3),
+    "mae_prob": ("after MAE: Semi-ViT", "", 3),
+    "mae_fixmatch": ("after MAE: FixMatch (m = 0, no mixing)", "--method fixmatch", 1)})
+ROWS |= _after_mae(
+    "semi_mae", "cifar10", "Semi-MAE on CIFAR-10, 10% of the labels, after MAE, minutes on a CPU",
+    _C10, {"sup": ("supervised stage", "", 3, ["sup"]),
+           "sup_long": (_LONG, "--method sup --epochs 32", 3),
+           "fixmatch": ("FixMatch (no branch)", "--method fixmatch", 1),
+           "semi_mae": ("Semi-MAE", "", 3)})
 _FORMER = f"semiformer.py {_C10} --labels 10 --evals 2 --arch"
 ROWS |= {f"semiformer/cifar10/{name}": (
     "Semiformer on CIFAR-10, 10% of the labels, minutes on a CPU", what, f"{_FORMER} {flags}",
     seeds, *stages)
     for name, (what, flags, seeds, *stages) in {
         "sup": ("supervised stage", "vit_conv_digits", 3, ["sup"]),
-        "sup_long": ("supervised, as many updates as both stages",
-                     "vit_conv_digits --method sup --epochs 38", 3),
+        "sup_long": (_LONG, "vit_conv_digits --method sup --epochs 38", 3),
         "semiformer": ("Semiformer", "vit_conv_digits", 3),
         "vanilla": ("FixMatch on the CNN stream", "conv_digits", 1)}.items()}
-_NETTE = "--dataset imagenette --data-path $SSL_DATA/imagenette --labels 10 --dtype bf16 --evals 2"
-_FORMER = f"semiformer.py {_NETTE} --image-size 32 --arch vit_conv_digits"
+_SMALL = f"{_NETTE} --image-size 64 --patch-size 8"
+ROWS |= _mae("imagenette", _SMALL)
+ROWS |= _after_mae(
+    "semi_vit", "imagenette", "Semi-ViT on Imagenette at 64 pixels, 10% of the labels, minutes on "
+    "a CPU", _SMALL, {"mae_sup": ("after MAE: supervised stage", "", 3, ["sup"]),
+                      "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 147", 3),
+                      "mae_prob": ("after MAE: Semi-ViT", "", 3)})
+ROWS |= _after_mae(
+    "semi_mae", "imagenette", "Semi-MAE on Imagenette at 64 pixels, 10% of the labels, after MAE, "
+    "minutes on a CPU", _SMALL, {"sup": ("supervised stage", "", 3, ["sup"]),
+                                 "sup_long": (_LONG, "--method sup --epochs 140", 3),
+                                 "semi_mae": ("Semi-MAE", "", 3)})
+_FORMER = (f"semiformer.py {_NETTE} --labels 10 --dtype bf16 --evals 2 --image-size 32 "
+           "--arch vit_conv_digits")
 ROWS |= {f"semiformer/imagenette/{name}": (
     "Semiformer on Imagenette at 32 pixels, 10% of the labels, minutes on a CPU", what,
     f"{_FORMER} {flags}", 3, *stages) for name, (what, flags, *stages) in {
         "sup": ("supervised stage", "", ["sup"]),
-        "sup_long": ("supervised, as many updates as both stages", "--method sup --epochs 270"),
+        "sup_long": (_LONG, "--method sup --epochs 270"),
         "semiformer": ("Semiformer", "")}.items()}
-_SIMCLR = f"simclrv2.py {_NETTE} --image-size 48 --arch resnet_digits"
-_AFTER = ["simclrv2/imagenette/pretrain", f"{_SIMCLR} --init {{pretrain}}"]
-ROWS["simclrv2/imagenette/pretrain"] = (
-    None, "contrastive pretraining on all pictures", f"{_SIMCLR} --stage pretrain", 1)
-ROWS |= {f"simclrv2/imagenette/{name}": (
-    "SimCLRv2 on Imagenette at 48 pixels, 10% of the labels, minutes on a CPU", what, command, 3,
-    *stages) for name, (what, command, *stages) in {
-        "sup": ("labels only, weak augmentation", _AFTER, ["sup"]),
-        "sup_strong": ("labels only, strong augmentation",
-                       f"{_SIMCLR} --method sup --augment strong"),
-        "linear": ("pretrained, linear classifier on h", _AFTER, ["linear"]),
-        "finetune": ("pretrained, fine-tuned", _AFTER, ["finetune"]),
-        "distill": ("pretrained, fine-tuned, distilled", _AFTER, ["finetune", "distill"])}.items()}
+ROWS |= _simclr("imagenette", "SimCLRv2 on Imagenette at 48 pixels, 10% of the labels, minutes on "
+                "a CPU", f"{_NETTE} --image-size 48 --arch resnet_digits --labels 10")
 _CAMVID = ("s4former.py --dataset camvid --data-path $SSL_DATA/camvid --labels 12.5 --arch mit_b0 "
            "--image-size 128 --lr 1e-3 --head-lr-scale 1 --warmup-iterations 50 --tau 0.8 "
            "--evals 2")
@@ -282,24 +268,23 @@ ROWS |= {f"s4former/camvid/{name}": (
 # ----- photographs on a GPU: larger networks, more updates. Settings that nobody has tried yet ----
 
 
-def _gpu(name, title, data, size, patch, data_mae, sup, semi, semi_l, both, mae_row=None):
+def _gpu(name, title, data, sup, semi, semi_l, both, mae_row=None):
     """Rows of one data set; batches of 64 labelled pictures; mae_row: whose pretraining is used.
 
-    data, size, patch, data_mae: flags of all scripts, of those that know no such data set, of
-    semi_vit.py, and of semi_mae.py. Epochs: sup, of stage sup; semi, over the unlabelled pictures
-    (semi_vit.py); semi_l, over the labelled ones (semi_mae.py, semiformer.py); both, over the
-    labelled ones for as many updates as both stages.
+    Epochs: sup, of stage sup; semi, over the unlabelled pictures (semi_vit.py); semi_l, over the
+    labelled ones (semi_mae.py, semiformer.py); both, over the labelled ones for as many updates as
+    both stages.
     """
-    vit = f"semi_vit.py {data} {size} {patch} --arch vit_tiny --batch-size 64"
-    mae = f"semi_mae.py {data_mae} --arch vit_tiny --batch-size 64 --epochs sup={sup},semi={semi_l}"
-    former = f"semiformer.py {data} {size} --batch-size sup=64,semi=512 --batch-group 0"
+    vit = f"semi_vit.py {data} --arch vit_tiny --batch-size 64"
+    mae = f"semi_mae.py {data} --arch vit_tiny --batch-size 64 --epochs sup={sup},semi={semi_l}"
+    former = f"semiformer.py {data} --batch-size sup=64,semi=512 --batch-group 0"
     former += " --schedule each --arch"
-    simclr = f"simclrv2.py {data} {size} --arch resnet18 --epochs pretrain=300,distill=100"
+    simclr = f"simclrv2.py {data} --arch resnet18 --epochs pretrain=300,distill=100"
     steps, long = f"--epochs sup={sup},semi={semi}", f"--method sup --epochs {both}"
     of_former = f"--epochs sup={sup},semi={semi_l}"
     pretrained = mae_row or f"gpu/{name}/mae", "--init {pretrain}/mae_pretrain_vit_tiny.pth"
     rows = {  # what, command, seeds, stages where the row is about some of them
-        "mae": ("MAE on all pictures", f"semi_mae.py {data_mae} --method mae --arch vit_tiny", 1),
+        "mae": ("MAE on all pictures", f"semi_mae.py {data} --method mae --arch vit_tiny", 1),
         "semi_vit/sup": ("Semi-ViT: supervised stage", f"{vit} {steps}", 3, ["sup"]),
         "semi_vit/sup_long": ("supervised, as many updates as both stages", f"{vit} {long}", 3),
         "semi_vit/prob": ("Semi-ViT", f"{vit} {steps}", 3),
@@ -343,15 +328,13 @@ def _gpu(name, title, data, size, patch, data_mae, sup, semi, semi_l, both, mae_
             for row, rest in rows.items() if row != "mae" or not mae_row}
 
 
-_CIFAR = "--dataset cifar10 --data-path $SSL_DATA/cifar10 --labels"
-_NETTE = "--dataset imagenette --data-path $SSL_DATA/imagenette --labels 10"
 ROWS |= {
-    **_gpu("cifar10_10", "CIFAR-10, 10% of the labels, on a GPU", f"{_CIFAR} 10", "", "",
-           f"{_CIFAR} 10", 100, 40, 72, 172),
-    **_gpu("cifar10_1", "CIFAR-10, 1% of the labels, on a GPU", f"{_CIFAR} 1", "", "",
-           f"{_CIFAR} 1", 1000, 40, 880, 1880, mae_row="gpu/cifar10_10/mae"),
-    **_gpu("imagenette_10", "Imagenette, 10% of the labels, on a GPU", _NETTE, "--image-size 112",
-           "--patch-size 8", _NETTE, 300, 150, 279, 579),
+    **_gpu("cifar10_10", "CIFAR-10, 10% of the labels, on a GPU", f"{_C10} --labels 10", 100, 40,
+           72, 172),
+    **_gpu("cifar10_1", "CIFAR-10, 1% of the labels, on a GPU", f"{_C10} --labels 1", 1000, 40,
+           880, 1880, mae_row="gpu/cifar10_10/mae"),
+    **_gpu("imagenette_10", "Imagenette, 10% of the labels, on a GPU", f"{_NETTE} --labels 10",
+           300, 150, 279, 579),
 }
 _CAMVID = "s4former.py --dataset camvid --data-path $SSL_DATA/camvid --labels 12.5 --arch mit_b0"
 ROWS |= {f"gpu/camvid/{name}": ("CamVid, 1/8 of the masks, on a GPU", what, f"{_CAMVID}{flags}",

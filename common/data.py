@@ -24,8 +24,9 @@ class DataSet:
 def load_dataset(name: str, data_path: str | None, *, seed: int = 0, holdout: int = 0) -> DataSet:
     """The pictures of --dataset NAME below --data-path.
 
-    name: "digits" (embedded), one of NAMED_SETS, "imagenet" or "folder" (train/<class>/ and val/ or
-    test/<class>/; or labeled/<class>/, unlabeled/ and perhaps val/<class>/). holdout > 0 takes that
+    name: "digits" (embedded), one of NAMED_SETS, "imagenet", "imagenette" or "folder"
+    (train/<class>/ and val/ or test/<class>/; or labeled/<class>/, unlabeled/ and perhaps
+    val/<class>/). holdout > 0 takes that
     many training pictures, equally many per class where the classes allow it, out of training and
     puts them in the place of the validation set: hyper-parameters are chosen there. Raises
     UserError with the folder, the flag and the remedy.

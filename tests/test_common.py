@@ -855,7 +855,7 @@ def test_train_and_val_folders(tmp_path):
         "val/dog/d.png",
     )
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no picture")
-    for name in ("folder", "imagenet", "cifar10", "food101", "inat2019"):  # any, by class
+    for name in ("folder", "imagenet", "imagenette", "cifar10", "inat2019"):  # any, by class
         data = load_dataset(name, str(tmp_path))
         assert data.classes == ["cat", "dog"] and data.labeled is None
         assert data.train.ids.tolist() == [
