@@ -230,10 +230,10 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see 
     semi=dict(epochs=8, batch_size=128, batch_group=0, unlabeled_ratio=1, lr=1e-3, warmup_epochs=0,
               schedule="each", lr_lag=0, drop_path=0.0, label_smoothing=0.0, reprob=0.0, tau=0.8,
               lambda_u=1.0, crop_min=0.5), source="measured here")
-_NETTE_SMALL = dict(  # 32 pixels; as above
+_NETTE_SMALL = dict(  # for 32 pixels
     sup=dict(_CIFAR_SMALL["sup"], epochs=200, warmup_epochs=5, crop_min=0.35),
     semi=dict(_CIFAR_SMALL["semi"], epochs=70, batch_size=256, unlabeled_ratio=3, crop_min=0.35),
-    source="measured here")
+    source="as for CIFAR-10, longer; not tuned")
 
 RECIPES = {  # (data set, arch, recipe, labels %): {stage: settings that differ from the defaults}
     ("imagenet", "vit_conv", "R1", 10): _MAIN,
