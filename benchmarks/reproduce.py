@@ -170,7 +170,8 @@ def write_table():
             teacher = ", ".join(f"{word}{statistics.mean(e[key] for e in ends):.1f}"
                                 for key, word in also.items() if key in ends[0]) or "-"
         stages = [r for log in logs for r in results_of(log, name).values()]
-        stages += [r for log in committed(name, before=True) for r in results_of(log).values()]
+        if not (name.startswith("simclrv2/") and last == "sup"):  # labels only, never pretrained
+            stages += [r for log in committed(name, before=True) for r in results_of(log).values()]
         updates = sum(r["updates"] for r in stages) // len(logs)
         minutes = sum(r["seconds"] for r in stages) / len(logs) / 60
         each = ", ".join(f"{score(e):.1f}" for e in ends)
