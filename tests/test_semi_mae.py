@@ -894,7 +894,7 @@ def test_autocast_keeps_the_gradients():  # [16]
     losses["loss"].backward()
     g = grads(m)
     m.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):  # no weak view in sight
+    with BF16.autocast():  # no weak view in sight
         out = m(torch.cat([x_l, x_s]), x_u_w=x_w, draw=draw)
     loss_l = M.supervised_loss(out["logits"][:4], y_l)
     loss_u, _ = M.pseudo_label_loss(out["logits"][4:], y_hat, o, s.tau)
