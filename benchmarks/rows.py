@@ -174,8 +174,8 @@ _NETTE = "--dataset imagenette --data-path $SSL_DATA/imagenette"
 _LONG = "supervised, as many updates as both stages"
 
 
-def _simclr(name, title, flags):
-    """SimCLRv2's rows: all seeds after one pretraining."""
+def _simclr(name, title, flags, long):
+    """SimCLRv2's rows: all seeds after one pretraining; long: epochs of sup_long."""
     command = f"simclrv2.py {flags} --dtype bf16"
     pretrain = f"simclrv2/{name}/pretrain"
     after = [pretrain, f"{command} --init {{pretrain}} --evals 2"]
@@ -183,6 +183,8 @@ def _simclr(name, title, flags):
         "pretrain": (None, "contrastive pretraining on all pictures", f"{command} --stage pretrain",
                      1),
         "sup": (title, "labels only", after, 3, ["sup"]),
+        "sup_long": (title, "labels only, as many updates as fine-tuning and distillation",
+                     f"{command} --method sup --epochs {long} --evals 2", 3),
         "linear": (title, "pretrained, linear classifier on h", after, 3, ["linear"]),
         "finetune": (title, "pretrained, fine-tuned", after, 3, ["finetune"]),
         "distill": (title, "pretrained, fine-tuned, distilled", after, 3, ["finetune", "distill"])}
@@ -205,7 +207,7 @@ def _after_mae(script, name, title, data, rows):
 
 
 ROWS |= _simclr("cifar10_1", "SimCLRv2 on CIFAR-10, 1% of the labels, an hour of a CPU",
-                f"{_C10} --arch resnet_digits --width 2 --labels 1")
+                f"{_C10} --arch resnet_digits --width 2 --labels 1", 318)
 ROWS |= _mae("cifar10", _C10)
 _TITLE = "Semi-ViT on CIFAR-10, 10% of the labels, minutes on a CPU"
 _SCRATCH = f"semi_vit.py {_C10} --arch vit_digits --labels 10 --evals 2"
@@ -252,7 +254,7 @@ ROWS |= {f"semiformer/imagenette/{name}": (
         "sup_long": (_LONG, "--method sup --epochs 270"),
         "semiformer": ("Semiformer", "")}.items()}
 ROWS |= _simclr("imagenette", "SimCLRv2 on Imagenette at 48 pixels, 10% of the labels, minutes on "
-                "a CPU", f"{_NETTE} --image-size 48 --arch resnet_digits --labels 10")
+                "a CPU", f"{_NETTE} --image-size 48 --arch resnet_digits --labels 10", 198)
 _CAMVID = ("s4former.py --dataset camvid --data-path $SSL_DATA/camvid --labels 12.5 --arch mit_b0 "
            "--image-size 128 --lr 1e-3 --head-lr-scale 1 --warmup-iterations 50 --tau 0.8 "
            "--evals 2")
