@@ -1,8 +1,10 @@
 """Every row of the results can be started, and the table is what the committed logs say."""
 
 import importlib
+import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -52,6 +54,25 @@ def test_the_committed_table_is_made_from_the_committed_logs(tmp_path, monkeypat
     R.write_table()
     for made in ("results.md", "bands.json"):
         assert (tmp_path / "docs" / made).read_text() == (ROOT / "docs" / made).read_text(), made
+
+
+def asked_for(words):
+    """A command's words without what reproduce.py adds, folders by their names, in any order."""
+    words, kept = iter(words), []
+    for word in words:
+        if word in ("--seed", "--split-seed", "--output", "--workers"):
+            next(words)
+        elif word == "--data-path":
+            kept.append(f"{word} {Path(next(words)).name}")
+        else:
+            kept.append(re.sub(r"^.*-seed\d+(-before\d+)?", "{pretrain}", word))
+    return sorted(kept)
+
+
+@pytest.mark.parametrize("name", [n for n in ROWS if R.committed(n)])
+def test_each_committed_log_is_of_the_command_beside_it(name):
+    for log in R.committed(name):
+        assert asked_for(log[0]["command"]) == asked_for(shlex.split(R.commands_of(name)[-1]))
 
 
 def test_a_seed_outside_the_band_is_said(capsys, monkeypatch):
