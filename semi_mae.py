@@ -259,7 +259,7 @@ def _untuned(batch, **branch):
 
 
 _SMALL_BRANCH = dict(dec_dim=64, dec_depth=1, dec_heads=4, lomar_window=5)
-_CIFAR_SMALL = dict(  # minutes on a CPU; stages sup and semi share one cosine, as in Sec. 4.1
+_CIFAR_SMALL = dict(  # minutes on a CPU; stages sup and semi share one cosine (D6)
     pretrain=dict(_SMALL_BRANCH, epochs=40, batch_size=256, lr=2e-3, warmup_epochs=2),
     sup=dict(epochs=16, batch_size=64, lr=2e-3, warmup_epochs=1, pool="avg", drop_path=0.0,
              reprob=0.0, crop_min=0.5),
