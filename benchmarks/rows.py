@@ -238,7 +238,7 @@ ROWS |= _mae("imagenette", _SMALL)
 ROWS |= _after_mae(
     "semi_vit", "imagenette", "Semi-ViT on Imagenette at 64 pixels, 10% of the labels, minutes on "
     "a CPU", _SMALL, {"mae_sup": ("after MAE: supervised stage", "", 3, ["sup"]),
-                      "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 147", 3),
+                      "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 195", 3),
                       "mae_prob": ("after MAE: Semi-ViT", "", 3)})
 ROWS |= _after_mae(
     "semi_mae", "imagenette", "Semi-MAE on Imagenette at 64 pixels, 10% of the labels, after MAE, "
