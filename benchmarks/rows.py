@@ -251,7 +251,7 @@ ROWS |= {f"semiformer/imagenette/{name}": (
     "Semiformer on Imagenette at 32 pixels, 10% of the labels, minutes on a CPU", what,
     f"{_FORMER} {flags}", 3, *stages) for name, (what, flags, *stages) in {
         "sup": ("supervised stage", "", ["sup"]),
-        "sup_long": (_LONG, "--method sup --epochs 270"),
+        "sup_long": (_LONG, "--method sup --epochs 304"),
         "semiformer": ("Semiformer", "")}.items()}
 ROWS |= _simclr("imagenette", "SimCLRv2 on Imagenette at 48 pixels, 10% of the labels, minutes on "
                 "a CPU", f"{_NETTE} --image-size 48 --arch resnet_digits --labels 10", 198)
