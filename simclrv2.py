@@ -245,7 +245,7 @@ _CIFAR_SMALL = dict(  # an hour of one core; found on 5,000 held-out pictures, s
                   temperature=0.2, crop_min=0.3),
     sup=dict(lr_base=0.64, batch_size=50, epochs=200, warmup_epochs=0, crop_min=0.5,
              augment="strong"),
-    linear=dict(lr_base=3.2, batch_size=50, epochs=100, weight_decay=0.0, crop_min=0.5),
+    linear=dict(lr_base=0.05, batch_size=50, epochs=100, weight_decay=0.0, crop_min=0.5),
     finetune=dict(lr_base=0.02, batch_size=25, epochs=100, crop_min=0.5, augment="strong"),
     distill=dict(lr_base=0.1, batch_size=128, epochs=3, warmup_epochs=0.2, crop_min=0.5,
                  augment="strong", kd_temperature=1.0, student_init="pretrained"),
@@ -253,7 +253,7 @@ _CIFAR_SMALL = dict(  # an hour of one core; found on 5,000 held-out pictures, s
 _NETTE_SMALL = dict(  # for 48 pixels; found on 1,500 held-out pictures, see docs/results.md
     pretrain=dict(_CIFAR_SMALL["pretrain"], epochs=60, warmup_epochs=3),
     sup=dict(_CIFAR_SMALL["sup"], lr_base=0.32, epochs=100),
-    linear=_CIFAR_SMALL["linear"],
+    linear=dict(_CIFAR_SMALL["linear"], lr_base=0.008),
     finetune=dict(lr_base=0.005, batch_size=25, epochs=60, crop_min=0.5),
     distill=dict(_CIFAR_SMALL["distill"], epochs=20, warmup_epochs=1),
     source="measured here")

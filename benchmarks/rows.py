@@ -185,7 +185,8 @@ def _simclr(name, title, flags, long):
         "sup": (title, "labels only", after, 3, ["sup"]),
         "sup_long": (title, "labels only, as many updates as fine-tuning and distillation",
                      f"{command} --method sup --epochs {long} --evals 2", 3),
-        "linear": (title, "pretrained, linear classifier on h", after, 3, ["linear"]),
+        "linear": (title, "pretrained, linear classifier on h",
+                   [after[0], f"{after[1]} --method linear"], 3),
         "finetune": (title, "pretrained, fine-tuned", after, 3, ["finetune"]),
         "distill": (title, "pretrained, fine-tuned, distilled", after, 3, ["finetune", "distill"])}
     return {f"simclrv2/{name}/{row}": about for row, about in rows.items()}
