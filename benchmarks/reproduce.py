@@ -160,8 +160,8 @@ def write_table():
         how = (f"{mean:.1f} ± {spread:.1f} ({len(logs)} seeds)" if len(logs) > 1
                else f"{mean:.1f} (single run)")
         start = gain = teacher = "-"
-        if last != "sup":
-            before = logs if "sup" in results_of(logs[0]) else committed(name, before=True)
+        before = logs if "sup" in results_of(logs[0]) else committed(name, before=True)
+        if last != "sup" and all("sup" in results_of(log) for log in before):
             starts = [score(results_of(log)["sup"]) for log in before]
             gains = [score(e) - s for e, s in zip(ends, starts)]
             start, gain = (f"{statistics.mean(starts):.1f}",
