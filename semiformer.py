@@ -230,6 +230,10 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see 
     semi=dict(epochs=8, batch_size=128, batch_group=0, unlabeled_ratio=1, lr=1e-3, warmup_epochs=0,
               schedule="each", lr_lag=0, drop_path=0.0, label_smoothing=0.0, reprob=0.0, tau=0.8,
               lambda_u=1.0, crop_min=0.5), source="measured here")
+_CIFAR_SMALL_1 = dict(  # the same with 500 labels
+    sup=dict(_CIFAR_SMALL["sup"], epochs=200, warmup_epochs=5, crop_min=0.35),
+    semi=dict(_CIFAR_SMALL["semi"], epochs=70, batch_size=256, unlabeled_ratio=7, lr=1e-3, tau=0.9,
+              crop_min=0.35), source="measured here")
 _NETTE_SMALL = dict(  # for 32 pixels; found on 1,500 held-out pictures, see docs/results.md
     sup=dict(_CIFAR_SMALL["sup"], epochs=200, warmup_epochs=5, crop_min=0.35),
     semi=dict(_CIFAR_SMALL["semi"], epochs=50, batch_size=256, unlabeled_ratio=7, lr=2e-3, tau=0.9,
@@ -256,6 +260,7 @@ RECIPES = {  # (data set, arch, recipe, labels %): {stage: settings that differ 
     ("digits", None, "digits", None): _DIGITS,
     ("digits", None, None, None): _DIGITS_LARGE,
     ("cifar10", None, "small", 10): _CIFAR_SMALL,
+    ("cifar10", None, "small", 1): _CIFAR_SMALL_1,
     ("cifar10", None, None, None): _CIFAR,
     ("cifar100", None, None, None): _CIFAR,
     ("imagenette", None, "small", 10): _NETTE_SMALL,

@@ -11,8 +11,8 @@
 Rows on photographs name $SSL_DATA: the folder that holds cifar10/, imagenette/ and camvid/, each as
 the README's section Photographs says. Rows without a log in docs/logs have not been run yet.
 
-Nothing in docs/results.md is typed by hand: every number comes from a log in docs/logs, every
-sentence from docs/results.head.md and docs/results.notes.json (one note per table).
+Every number of a table in docs/results.md comes from a log in docs/logs, every
+sentence from docs/results.head.md and docs/results.notes.json (a list of points per table).
 """
 
 import argparse
@@ -139,13 +139,13 @@ def write_table():
     """docs/results.md and docs/bands.json, from the committed logs alone."""
     lines, bands, table = [(ROOT / "docs" / "results.head.md").read_text().rstrip()], {}, None
     notes = json.loads((ROOT / "docs" / "results.notes.json").read_text())
+    notes = {title: ["", *[f"- {point}" for point in points]] for title, points in notes.items()}
     for name, (title, what, *_) in ROWS.items():
         logs = committed(name)
         if not logs or title is None:  # not run, or a pretraining: counted where it is used
             continue
         if title != table:
-            if table:
-                lines += ["", notes.get(table, "")]
+            lines += notes.get(table, [])
             table = title
             kind = {"miou": "mIoU", "top1": "top-1"}[
                 metric_of(list(results_of(logs[0]).values())[-1])]
@@ -182,7 +182,7 @@ def write_table():
         lines.append(f"<!-- {name}: commit {first['commit']}, torch {first['torch']}, "
                      f"timm {first['timm']}, {first['hardware']}; splits "
                      f"{', '.join(log[0]['recipe']['split'][:12] for log in logs)} -->")
-    lines += ["", notes.get(table, "")]
+    lines += notes.get(table, [])
     rows = [x for x in lines if x.startswith("<!--")]
     lines = [x for x in lines if not x.startswith("<!--")]
     lines += ["", "## How each was run", "",

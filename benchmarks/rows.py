@@ -198,13 +198,14 @@ def _mae(name, data):
         f"semi_mae.py --method mae {data} --arch vit_digits --dtype bf16", 1)}
 
 
-def _after_mae(script, name, title, data, rows):
+def _after_mae(script, name, title, data, rows, labels=10, evals=2):
     """Rows that start from one MAE on all pictures; rows: what each is, its flags, seeds, ..."""
     init = "{pretrain}" + "/mae_pretrain_vit_digits.pth" * (script == "semi_vit")
-    command = f"{script}.py {data} --arch vit_digits --labels 10 --dtype bf16 --evals 2"
-    return {f"{script}/{name}/{row}": (
-        title, what, [f"semi_mae/{name}/mae", f"{command} --init {init} {flags}"], seeds, *stages)
-        for row, (what, flags, seeds, *stages) in rows.items()}
+    command = f"{script}.py {data} --arch vit_digits --labels {labels} --dtype bf16"
+    command += f" --evals {evals} --init {init}"
+    mae = f"semi_mae/{name.removesuffix('_1')}/mae"  # one for all fractions of labels
+    return {f"{script}/{name}/{row}": (title, what, [mae, f"{command} {flags}"], seeds, *stages)
+            for row, (what, flags, seeds, *stages) in rows.items()}
 
 
 ROWS |= _simclr("cifar10_1", "SimCLRv2 on CIFAR-10, 1% of the labels, an hour of a CPU",
@@ -216,15 +217,25 @@ ROWS["semi_vit/cifar10/sup"] = (_TITLE, "from scratch: supervised stage", _SCRAT
 ROWS["semi_vit/cifar10/prob"] = (_TITLE, "from scratch: Semi-ViT", _SCRATCH, 1)
 ROWS |= _after_mae("semi_vit", "cifar10", _TITLE, _C10, {
     "mae_sup": ("after MAE: supervised stage", "", 3, ["sup"]),
-    "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 34", 3),
+    "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 78", 3),
     "mae_prob": ("after MAE: Semi-ViT", "", 3),
-    "mae_fixmatch": ("after MAE: FixMatch (m = 0, no mixing)", "--method fixmatch", 1)})
+    "mae_fixmatch": ("after MAE: FixMatch (m = 0, no mixing)", "--method fixmatch", 1)}, evals=4)
+ROWS |= _after_mae(
+    "semi_vit", "cifar10_1", "Semi-ViT on CIFAR-10, 1% of the labels, minutes on a CPU", _C10, {
+        "mae_sup": ("after MAE: supervised stage", "", 3, ["sup"]),
+        "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 277", 3),
+        "mae_prob": ("after MAE: Semi-ViT", "", 3)}, labels=1)
 ROWS |= _after_mae(
     "semi_mae", "cifar10", "Semi-MAE on CIFAR-10, 10% of the labels, after MAE, minutes on a CPU",
     _C10, {"sup": ("supervised stage", "", 3, ["sup"]),
            "sup_long": (_LONG, "--method sup --epochs 32", 3),
            "fixmatch": ("FixMatch (no branch)", "--method fixmatch", 1),
            "semi_mae": ("Semi-MAE", "", 3)})
+ROWS |= _after_mae(
+    "semi_mae", "cifar10_1", "Semi-MAE on CIFAR-10, 1% of the labels, after MAE, minutes on a CPU",
+    _C10, {"sup": ("supervised stage", "", 3, ["sup"]),
+           "sup_long": (_LONG, "--method sup --epochs 229", 3),
+           "semi_mae": ("Semi-MAE", "", 3)}, labels=1)
 _FORMER = f"semiformer.py {_C10} --labels 10 --evals 2 --arch"
 ROWS |= {f"semiformer/cifar10/{name}": (
     "Semiformer on CIFAR-10, 10% of the labels, minutes on a CPU", what, f"{_FORMER} {flags}",
@@ -234,6 +245,13 @@ ROWS |= {f"semiformer/cifar10/{name}": (
         "sup_long": (_LONG, "vit_conv_digits --method sup --epochs 38", 3),
         "semiformer": ("Semiformer", "vit_conv_digits", 3),
         "vanilla": ("FixMatch on the CNN stream", "conv_digits", 1)}.items()}
+_FORMER = f"semiformer.py {_C10} --labels 1 --dtype bf16 --evals 2 --arch vit_conv_digits"
+ROWS |= {f"semiformer/cifar10_1/{name}": (
+    "Semiformer on CIFAR-10, 1% of the labels, minutes on a CPU", what, f"{_FORMER} {flags}", 3,
+    *stages) for name, (what, flags, *stages) in {
+        "sup": ("supervised stage", "", ["sup"]),
+        "sup_long": (_LONG, "--method sup --epochs 350"),
+        "semiformer": ("Semiformer", "")}.items()}
 _SMALL = f"{_NETTE} --image-size 64 --patch-size 8"
 ROWS |= _mae("imagenette", _SMALL)
 ROWS |= _after_mae(
