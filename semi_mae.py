@@ -267,11 +267,10 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; stages sup and semi share one cosine (
               warmup_epochs=1, pool="avg", drop_path=0.0, reprob=0.0, crop_min=0.5, tau=0.8,
               lambda_u=1.0, mae_weight=1.0),
     source="measured here; not searched")
-_CIFAR_SMALL_1 = dict(  # the same with 500 labels; each stage has a cosine of its own
+_CIFAR_SMALL_1 = dict(  # the same with 500 labels
     pretrain=_CIFAR_SMALL["pretrain"],
-    sup=dict(_CIFAR_SMALL["sup"], epochs=100, warmup_epochs=5, lr_span="stage"),
-    semi=dict(_CIFAR_SMALL["semi"], epochs=60, batch_size=32, unlabeled_ratio=5.0,
-              lr_span="stage"),
+    sup=dict(_CIFAR_SMALL["sup"], epochs=140, warmup_epochs=5),
+    semi=dict(_CIFAR_SMALL["semi"], epochs=140, warmup_epochs=5),
     source="measured here; not searched")
 _NETTE_SMALL = dict(  # for 64 pixels in patches of 8
     pretrain=dict(_CIFAR_SMALL["pretrain"], epochs=80, warmup_epochs=4),

@@ -199,18 +199,18 @@ _CIFAR = dict(sup=dict(lr_per_256=5e-4, layer_decay=1.0, batch_size=128, crop_mi
               semi=dict(tau=0.9, layer_decay=1.0, ema_decay=0.999, crop_min=0.35),
               source="not tuned")
 _CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see docs/results.md
-    sup=dict(epochs=60, batch_size=64, lr=2e-3, warmup_epochs=1, layer_decay=0.8, drop_path=0.0,
+    sup=dict(epochs=20, batch_size=64, lr=2e-3, warmup_epochs=1, layer_decay=0.8, drop_path=0.0,
              label_smoothing=0.0, mixup=0.0, cutmix=0.0, reprob=0.0, crop_min=0.5),
-    semi=dict(epochs=4, batch_size=64, unlabeled_ratio=2, lr=2e-3, warmup_epochs=0.1,
+    semi=dict(epochs=3, batch_size=64, unlabeled_ratio=2, lr=2e-3, warmup_epochs=0.1,
               layer_decay=0.9, drop_path=0.0, label_smoothing=0.0, mixup=0.0, mix_labeled=0,
               reprob=0.0, tau=0.8, lambda_u=1.0, ema_decay=0.998, crop_min=0.5),
     source="measured here")
 _CIFAR_SMALL_1 = dict(  # the same with 500 labels
     sup=dict(_CIFAR_SMALL["sup"], epochs=100, warmup_epochs=5),
-    semi=dict(_CIFAR_SMALL["semi"], batch_size=32, unlabeled_ratio=5, ema_decay=0.99),
+    semi=dict(_CIFAR_SMALL["semi"], epochs=4, ema_decay=0.99),
     source="measured here; not searched")
 _CIFAR_SCRATCH = dict(  # not searched
-    sup=dict(_CIFAR_SMALL["sup"], epochs=20, layer_decay=1.0),
+    sup=dict(_CIFAR_SMALL["sup"], layer_decay=1.0),
     semi=dict(_CIFAR_SMALL["semi"], epochs=1, lr=5e-4, layer_decay=1.0, ema_decay=0.99),
     source="measured here")
 _NETTE_SMALL = dict(  # for 64 pixels in patches of 8; found on 1,500 held-out pictures

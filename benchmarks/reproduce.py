@@ -4,6 +4,7 @@
   python benchmarks/reproduce.py semi_vit/digits/prob   run its seeds side by side, one thread each;
                                                         say whether the mean lies inside the band
   python benchmarks/reproduce.py NAME ... --write       the same, and keep the logs in docs/logs
+  python benchmarks/reproduce.py NAME ... --reuse       go on where an earlier call was stopped
   python benchmarks/reproduce.py --table                docs/results.md, bands.json from docs/logs
   python benchmarks/reproduce.py NAME ... --curves PNG  accuracy of rows while they train, from
                                                         docs/logs: mean and range of the seeds
@@ -32,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.rows import ROWS  # noqa: E402
 from common.log import read_log  # noqa: E402
 from common.report import recipe_hash  # noqa: E402
+from common.splits import UserError  # noqa: E402
 
 
 def commands_of(name: str) -> list[str]:
@@ -60,10 +62,20 @@ def log_file(run: str) -> Path:
     return ROOT / "docs" / "logs" / f"{run}.jsonl"
 
 
-def run_seed(name: str, seed: int, folder: Path, before) -> list[dict]:
+def finished(output: Path, words: list[str]) -> bool:
+    """Whether a run of exactly this command lies in `output`, with its results."""
+    try:
+        log = read_log(ROOT / output)
+    except UserError:
+        return False
+    return log[0].get("command") == words and "results" in log[-1]
+
+
+def run_seed(name: str, seed: int, folder: Path, before, reuse=False) -> list[dict]:
     """The runs of a row, one thread, from the root of the project; returns the last one's log.
 
-    before: futures of the same seed of rows that this one starts from.
+    before: futures of the same seed of rows that this one starts from. reuse: leave a finished run
+    of the same command as it is.
     """
     for run in before:
         run.result()
@@ -71,12 +83,14 @@ def run_seed(name: str, seed: int, folder: Path, before) -> list[dict]:
     for output, command in zip(outputs, commands_of(name)):
         if command in ROWS:
             continue  # its row has run before, see main
-        shutil.rmtree(ROOT / output, ignore_errors=True)
-        flags = ["--seed", str(seed), "--split-seed", str(seed), "--output", str(output)]
         words = [os.path.expandvars(word.replace("{pretrain}", str(outputs[0])))
                  for word in shlex.split(command)]
+        words += ["--seed", str(seed), "--split-seed", str(seed), "--output", str(output)]
+        if reuse and finished(output, words):
+            continue
+        shutil.rmtree(ROOT / output, ignore_errors=True)
         with open(ROOT / f"{output}.txt", "w") as text:
-            code = subprocess.run([sys.executable, *words, *flags], cwd=ROOT, stdout=text,
+            code = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=text,
                                   stderr=subprocess.STDOUT,
                                   env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         if code:
@@ -227,6 +241,8 @@ def main():
     p.add_argument("--list", action="store_true", help="print the rows")
     p.add_argument("--jobs", type=int, default=os.cpu_count(),
                    help="runs side by side, one thread each")
+    p.add_argument("--reuse", action="store_true",
+                   help="run nothing twice: what ended in --folder with the same command is taken")
     p.add_argument("--write", action="store_true",
                    help="keep the logs in docs/logs and make the table again")
     p.add_argument("--table", action="store_true",
@@ -258,7 +274,7 @@ def main():
                 before = [runs[runs_of(c, 0)[-1]] for c in commands_of(name) if c in ROWS]
                 runs[runs_of(name, 0)[-1]] = [  # jobs begin in order: what one waits for has begun
                     pool.submit(run_seed, name, seed, args.folder,
-                                [b[seed % len(b)] for b in before])
+                                [b[seed % len(b)] for b in before], args.reuse)
                     for seed in range(ROWS[name][3])]
         for name in names:
             compare(name, [f.result() for f in runs[runs_of(name, 0)[-1]]])

@@ -198,11 +198,11 @@ def _mae(name, data):
         f"semi_mae.py --method mae {data} --arch vit_digits --dtype bf16", 1)}
 
 
-def _after_mae(script, name, title, data, rows, labels=10, evals=2):
+def _after_mae(script, name, title, data, rows, labels=10):
     """Rows that start from one MAE on all pictures; rows: what each is, its flags, seeds, ..."""
     init = "{pretrain}" + "/mae_pretrain_vit_digits.pth" * (script == "semi_vit")
-    command = f"{script}.py {data} --arch vit_digits --labels {labels} --dtype bf16"
-    command += f" --evals {evals} --init {init}"
+    command = f"{script}.py {data} --arch vit_digits --labels {labels} --dtype bf16 --evals 2"
+    command += f" --init {init}"
     mae = f"semi_mae/{name.removesuffix('_1')}/mae"  # one for all fractions of labels
     return {f"{script}/{name}/{row}": (title, what, [mae, f"{command} {flags}"], seeds, *stages)
             for row, (what, flags, seeds, *stages) in rows.items()}
@@ -217,13 +217,13 @@ ROWS["semi_vit/cifar10/sup"] = (_TITLE, "from scratch: supervised stage", _SCRAT
 ROWS["semi_vit/cifar10/prob"] = (_TITLE, "from scratch: Semi-ViT", _SCRATCH, 1)
 ROWS |= _after_mae("semi_vit", "cifar10", _TITLE, _C10, {
     "mae_sup": ("after MAE: supervised stage", "", 3, ["sup"]),
-    "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 78", 3),
+    "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 34", 3),
     "mae_prob": ("after MAE: Semi-ViT", "", 3),
-    "mae_fixmatch": ("after MAE: FixMatch (m = 0, no mixing)", "--method fixmatch", 1)}, evals=4)
+    "mae_fixmatch": ("after MAE: FixMatch (m = 0, no mixing)", "--method fixmatch", 1)})
 ROWS |= _after_mae(
     "semi_vit", "cifar10_1", "Semi-ViT on CIFAR-10, 1% of the labels, minutes on a CPU", _C10, {
         "mae_sup": ("after MAE: supervised stage", "", 3, ["sup"]),
-        "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 277", 3),
+        "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 321", 3),
         "mae_prob": ("after MAE: Semi-ViT", "", 3)}, labels=1)
 ROWS |= _after_mae(
     "semi_mae", "cifar10", "Semi-MAE on CIFAR-10, 10% of the labels, after MAE, minutes on a CPU",
@@ -234,7 +234,7 @@ ROWS |= _after_mae(
 ROWS |= _after_mae(
     "semi_mae", "cifar10_1", "Semi-MAE on CIFAR-10, 1% of the labels, after MAE, minutes on a CPU",
     _C10, {"sup": ("supervised stage", "", 3, ["sup"]),
-           "sup_long": (_LONG, "--method sup --epochs 229", 3),
+           "sup_long": (_LONG, "--method sup --epochs 280", 3),
            "semi_mae": ("Semi-MAE", "", 3)}, labels=1)
 _FORMER = f"semiformer.py {_C10} --labels 10 --evals 2 --arch"
 ROWS |= {f"semiformer/cifar10/{name}": (

@@ -1,8 +1,10 @@
 """Every row of the results can be started, and the table is what the committed logs say."""
 
 import importlib
+import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,6 +87,31 @@ def test_a_seed_outside_the_band_is_said(capsys, monkeypatch):
                                  for stage, r in log[-1]["results"].items()}}] for log in logs])
     R.compare(name, logs)
     assert "OUTSIDE" in capsys.readouterr().out
+
+
+def test_reuse_takes_a_finished_run_of_the_same_command_alone(tmp_path, monkeypatch):
+    ran = []
+
+    def script(words, **_):  # writes what a run of the script leaves
+        ran.append(words[1:])
+        folder = Path(words[-1])
+        folder.mkdir(exist_ok=True)
+        (folder / "log.jsonl").write_text(json.dumps({"command": words[1:]}) + "\n" + end)
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(R, "ROWS", {"a/b": ("t", "", "semi_vit.py --tau 0.5", 1)})
+    monkeypatch.setattr(R.subprocess, "run", script)
+    end = ""  # stopped before its results
+    R.run_seed("a/b", 0, tmp_path, [], reuse=True)
+    end = json.dumps({"results": {}}) + "\n"
+    for _ in range(2):
+        R.run_seed("a/b", 0, tmp_path, [], reuse=True)
+    assert len(ran) == 2, "the unfinished run again, the finished one not"
+    monkeypatch.setitem(R.ROWS, "a/b", ("t", "", "semi_vit.py --tau 0.6", 1))
+    R.run_seed("a/b", 0, tmp_path, [], reuse=True)
+    assert len(ran) == 3, "another command"
+    R.run_seed("a/b", 0, tmp_path, [])
+    assert len(ran) == 4, "without --reuse"
 
 
 def test_curves_are_drawn_from_the_logs(tmp_path, monkeypatch, capsys):
