@@ -270,7 +270,7 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; stages sup and semi share one cosine (
 _CIFAR_SMALL_1 = dict(  # the same with 500 labels
     pretrain=_CIFAR_SMALL["pretrain"],
     sup=dict(_CIFAR_SMALL["sup"], epochs=140, warmup_epochs=5),
-    semi=dict(_CIFAR_SMALL["semi"], epochs=140, warmup_epochs=5),
+    semi=dict(_CIFAR_SMALL["semi"], epochs=140, warmup_epochs=5, tau=0.95),
     source="measured here; not searched")
 _NETTE_SMALL = dict(  # for 64 pixels in patches of 8
     pretrain=dict(_CIFAR_SMALL["pretrain"], epochs=80, warmup_epochs=4),
