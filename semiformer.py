@@ -1677,8 +1677,9 @@ def finish(args, data, split, s, model, run):
     from safetensors.torch import save_file  # timm depends on it
 
     run.log.bar.close()
-    about = dict(arguments=model_arguments(args, len(data.classes)), classes=data.classes,
-                 image_size=run.image_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    about = dict(timm_model=None, arguments=model_arguments(args, len(data.classes)),
+                 classes=data.classes, image_size=run.image_size, mean=IMAGENET_DEFAULT_MEAN,
+                 std=IMAGENET_DEFAULT_STD)
     metadata = {"model": json.dumps(about)}  # one key: several have no fixed order in the file
     tensors = {k: v.contiguous() for k, v in model.state_dict().items()
                if not k.startswith("decoder.")}  # it predicts nothing that anyone asks for

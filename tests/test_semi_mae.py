@@ -822,7 +822,7 @@ def several_steps(method, mae_weight, mim, steps=4):
 
 @pytest.mark.parametrize("mim", ["mae", "lomar"])
 def test_without_the_branch_it_is_fixmatch_bit_by_bit(mim):
-    """Issue 8: from one seed, with stochastic depth, over several updates."""
+    """From one seed, with stochastic depth, over several updates."""
     a, log_a = several_steps("semi_mae", 0.0, mim)
     b, log_b = several_steps("fixmatch", 0.0, mim)
     assert log_a == log_b and a.decoder is None
