@@ -231,8 +231,8 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see 
               schedule="each", lr_lag=0, drop_path=0.0, label_smoothing=0.0, reprob=0.0, tau=0.8,
               lambda_u=1.0, crop_min=0.5), source="measured here")
 _CIFAR_SMALL_1 = dict(  # the same with 500 labels
-    sup=dict(_CIFAR_SMALL["sup"], epochs=200, warmup_epochs=5, crop_min=0.35),
-    semi=dict(_CIFAR_SMALL["semi"], epochs=70, batch_size=256, unlabeled_ratio=7, lr=1e-3, tau=0.9,
+    sup=dict(_CIFAR_SMALL["sup"], epochs=150, warmup_epochs=5, crop_min=0.35),
+    semi=dict(_CIFAR_SMALL["semi"], epochs=40, batch_size=256, unlabeled_ratio=7, lr=1e-3, tau=0.9,
               crop_min=0.35), source="measured here")
 _NETTE_SMALL = dict(  # for 32 pixels; found on 1,500 held-out pictures, see docs/results.md
     sup=dict(_CIFAR_SMALL["sup"], epochs=200, warmup_epochs=5, crop_min=0.35),
