@@ -39,7 +39,8 @@ How to run
 Departures. D1 to D15, where the paper (of which we have the supplement) and the authors' code
 disagree, are the table DEPARTURES below, chosen with --follow. The rest, decided once:
   E1  The code crops unlabelled images with the help of their masks (cat_max_ratio). Here nothing
-      opens those masks (of the digit scenes: two logged numbers); no switch.
+      opens those masks (of the digit scenes: two logged numbers); no switch. One exception: in a
+      folder without classes.txt every mask is opened once, before training, to count the classes.
   E2  Single-branch methods (no PASA) weigh L_A by 1: as released they train supervised only.
   E3  The supplement's loss of UniMatch + Ours has three student streams; the weak view passes with
       feature dropout or PASA. Its teacher is the EMA teacher; the code's is not released.
@@ -109,7 +110,7 @@ from common.mask_views import (
     windows,
 )
 from common.masks import Pairs, PairSet, load_pairs
-from common.pictures import BadImages, find_pictures, pictures_at
+from common.pictures import BadImages, find_pictures, pictures_at, read_or_next
 from common.splits import UserError
 from common.streams import Stream, seed_of, stream_loader
 
@@ -225,12 +226,13 @@ SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a fla
     "alone": (float, _by(0.0), "share of stage pretrain in which each quarter of a scene is "
         "seen for itself [measured here]"),
     "eval_mode": (str, _by("whole"), "whole or slide [supp. S1.2: slide on Cityscapes]"),
-    "eval_stride": (int, _by(512), "of sliding windows, in pixels [authors' code]"),
+    "eval_stride": (int, _by(512), "of sliding windows, in pixels; never more than the crop "
+        "[authors' code]"),
 }
 SEMI_ONLY = set("""unlabeled_ratio weak_jitter tau lambda_u ema_decay strong strong_prob shuffle
     shuffle_tile pasa pasa_alpha ncr ncr_weight pseudo unlabeled_pool ncr_branches ncr_teacher
     pasa_conf pasa_rows pasa_mit_quirk teacher_init ema_first cutout_used soft_form""".split())
-NOT_PRETRAIN = set("aux_weight scale_min scale_max flip cat_max_ratio head_lr_scale".split())
+NOT_PRETRAIN = set("aux_weight scale_min scale_max flip cat_max_ratio".split())
 ONLY_PRETRAIN = {"alone"}
 CHOICES = dict(
     optimizer=("sgd", "adamw", "adam"), pseudo=("hard", "soft"), eval_mode=("whole", "slide"),
@@ -388,6 +390,8 @@ def parse_args(argv=None):
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
     if args.with_ours and args.method not in ("unimatch", "augseg"):
         p.error(f"--with-ours: for --method unimatch or augseg; {args.method} needs none")
+    if args.stage == "semi" and args.method == "sup":
+        p.error("--stage semi, --method sup: no stage is left to train; choose another stage")
     if args.compare and not args.eval:
         p.error(f"--compare {args.compare}: needs --eval RUN")
     args.dataset = args.dataset or ("folder" if args.data_path else "digits")
@@ -502,6 +506,11 @@ def check_settings(s, stage, args, arch):
     if stage == "semi" and (args.method == "augseg") != (s.strong == "adaptive"):
         raise UserError(f"--strong {s.strong}: adaptive CutMix is what --method augseg does, and "
                         "no other")
+
+
+def unlabeled_passes(args, s) -> int:
+    """Passes of the student over unlabelled images in a step, for each labelled image of it."""
+    return s.unlabeled_ratio * (3 if args.method == "unimatch" else 1 + (s.pasa != "off"))
 
 
 def in_updates(s, images: int):
@@ -678,7 +687,8 @@ def compose(digits: Tensor, labels: Tensor, size: int, of: dict, shown=None, g=N
     mask = torch.zeros(n, size, size, dtype=torch.uint8, device=device)
     side = uniform(*of["side"], n, 4)
     angle = uniform(-1, 1, n, 4) * math.radians(of["rotation"])
-    quarter = torch.tensor([[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]], device=device)
+    k = torch.arange(4, device=device)  # a list would be copied to a GPU, which waits for it
+    quarter = torch.stack([k % 2, k // 2], 1) - 0.5  # (4, 2): x, y of each quarter's middle
     centre = quarter + 2 * of["shift"] * uniform(-1, 1, n, 4, 2)  # x, y in [-1, 1]
     colour = 1.0 - uniform(0.0, of["tint"], n, 4, 3)
     # affine_grid maps a place of the scene to one of the digit: turn, then magnify by 1 / side
@@ -954,7 +964,12 @@ class DigitClassifier(nn.Module):
             other[0, 0] = False  # nobody sees the class token, and it sees nobody
             mask = torch.where(other, -math.inf, 0.0).expand(len(x), -1, -1)
         feature = self.norm(self.encoder(x, mask)[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.classifier(F.adaptive_avg_pool2d(feature, 2).flatten(2).transpose(1, 2))
+        h, w = feature.shape[-2:]
+        if h % 2 or w % 2:
+            means = F.adaptive_avg_pool2d(feature, 2)
+        else:  # the same means, and with --deterministic a GPU has a backward pass for them
+            means = F.avg_pool2d(feature, (h // 2, w // 2))
+        return self.classifier(means.flatten(2).transpose(1, 2))
 
 
 def build_encoder(args, drop_path: float = 0.0):
@@ -1191,7 +1206,8 @@ def confident_half(c: Tensor, rows: str = "half") -> Tensor:
     """(N, P) bool: queries that PASA leaves alone. half: the floor(P / 2) most confident, of equal
     ones the earlier (E11); median: strictly above the median, the lower of the two middle ones."""
     if rows == "median":
-        return c > c.median(1, keepdim=True).values
+        # by a sort: on a GPU torch's median with its places is not deterministic
+        return c > c.sort(1).values[:, [(c.shape[1] - 1) // 2]]
     order = c.argsort(dim=1, descending=True, stable=True)[:, : c.shape[1] // 2]
     return torch.zeros_like(c, dtype=torch.bool).scatter_(1, order, True)
 
@@ -1319,7 +1335,7 @@ def image_confidence(z_t: Tensor) -> Tensor:
 
 def parameter_groups(model: nn.Module, s) -> list[dict]:
     """Encoder and heads, with `lr_scale` 1 and s.head_lr_scale; adaptive optimisers do not decay
-    norms, position embedding and class token [authors' code]."""
+    norms [authors' code], nor position embedding and class token (ours)."""
     exempt = set()
     if s.optimizer != "sgd":
         norms = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, _BatchNorm))]
@@ -1597,7 +1613,8 @@ def logits_of(model, x: Tensor, s, run) -> Tensor:
 
     if s.eval_mode == "whole":
         return once(x)
-    return slide(x, once, run.image_size, s.eval_stride)
+    # with a longer stride no window would cover the pixels between two
+    return slide(x, once, run.image_size, min(s.eval_stride, run.image_size))
 
 
 def slide(x: Tensor, network, crop: int, stride: int) -> Tensor:
@@ -1895,9 +1912,10 @@ def main(args):
     settings = {x: derive(args, x, run.world) for x in stages}
     pool = settings["semi"].unlabeled_pool if "semi" in stages else args.unlabeled_pool or "rest"
     split = choose_split(args, data, pool, 3 if args.dataset == "digits" else 12.5)
+    scenes = len(digits.train) // 4 if digits else 0  # stage pretrain: four digits in each
+    images = dict(pretrain=scenes, sup=len(split.labeled), semi=len(split.unlabeled))
     for x, s in settings.items():
-        in_updates(s, {"semi": len(split.unlabeled), "sup": len(split.labeled)}.get(
-            x, len(digits.train) if digits else 0))
+        in_updates(s, images[x])
     stages = [x for x in stages if settings[x].iterations > 0]
     if not stages:
         raise UserError(f"--stage {args.stage}, --method {args.method}, --iterations, --epochs: no "
@@ -1929,8 +1947,8 @@ def main(args):
                                 "--resume")
     # The model; what can be refused is refused before a folder is made
     costs = report.cost(on_meta(args, len(data.classes)), run.image_size)
-    passes = dict(semi=4 if args.method == "unimatch" else 3)
-    largest = max(passes.get(x, 1) * settings[x].micro_batch for x in stages)
+    largest = max(
+        settings[x].micro_batch * (1 + unlabeled_passes(args, settings[x])) for x in stages)
     halved = run.precision.dtype != torch.float32
     report.refuse_too_large(costs, largest, halved, run.device, args.accum_steps)
     first = start = None  # what the first stage starts from; later ones from `before`
@@ -1976,7 +1994,7 @@ def stage_model(args, stage, s, num_classes, before, run) -> nn.Module:
     """The network of a stage; before: that of the stage before, or --init's; None: random weights,
     or those of a checkpoint soon."""
     if stage == "pretrain":
-        encoder, dims = build_encoder(args)
+        encoder, dims = build_encoder(args, s.drop_path)
         model = DigitClassifier(encoder, dims[-1])
     else:
         model = build_model(args, num_classes, s.drop_path)
@@ -2119,7 +2137,8 @@ def load_final(folder: str, flag: str) -> tuple[SegModel, dict]:
 def evaluate_run(args, data, run):
     """--eval RUN: the final weights on the validation set, --compare and --predict."""
     model, about = load_final(args.eval, "--eval")
-    model, s = model.to(run.device), derive(args, "sup", 1)
+    *_, last = log.read_log(Path(args.eval))[0]["settings"]  # the stage that gave these weights
+    model, s = model.to(run.device), derive(args, last, 1)
     run.image_size = about["image_size"]
     if data.classes != about["classes"]:
         raise UserError(f"--eval {args.eval}: --data-path holds other classes than the run; "
@@ -2208,12 +2227,17 @@ def draw_views(data, split, s, args, run, count=8):
 
 
 def validation_looks(data, s, args, run, count):
-    """(bytes (n, 3, S, S), extent, truth (n, S, S)) of some validation pictures, made square."""
+    """(bytes (n, 3, S, S), extent, truth (n, S, S)) of some validation pictures, made square; in
+    the place of a broken one stands the next, as in `evaluate`."""
+    def read(i):
+        picture = data.val.pil(i)
+        return picture, data.val.mask(i, picture.size)
+
     size, chosen = run.image_size, np.linspace(0, len(data.val) - 1, min(count, len(data.val)))
     view, parts = Compose(view_lists(args.dataset, size, s)["evaluate"]), []
     for i in chosen.astype(int):
-        picture = data.val.pil(i)
-        image, _, truth = view(picture, data.val.mask(i, picture.size))
+        pair, *_ = read_or_next(read, i, np.arange(len(data.val)))
+        image, _, truth = view(*pair)
         truth = TF.resize(truth.unsqueeze(0), [size, size], TF.InterpolationMode.NEAREST)[0]
         image = TF.resize(image, [size, size], antialias=True)
         parts.append((image, torch.tensor([size, size]), truth))
@@ -2253,7 +2277,8 @@ def draw_attention(models, data, s, args, run, folder, count=8) -> bool:
         return False
     picture, extent, truth = validation_looks(data, s, args, run, count)
     patch = next(iter(models.values())).encoder.patch_embed.patch_size[0]
-    per_side, size = picture.shape[-1] // patch, picture.shape[-1]
+    size = picture.shape[-1]
+    per_side = -(-size // patch)  # a ViT pads what its patches do not fill
     counts = torch.stack([torch.bincount(t.flatten().long(), minlength=256) for t in truth])
     counts[:, IGNORE] = 0
     rarest = torch.where(counts > 0, counts, 1 << 60).argmin(1)
@@ -2270,7 +2295,13 @@ def draw_attention(models, data, s, args, run, folder, count=8) -> bool:
     rows = {"marked patch": marked, "truth": colours(truth, data.palette) / 255}
     x = to_model(picture, extent, run.stats.cpu()).to(run.device)
     for title, model in models.items():
-        heat = attention_of(model.encoder, x, query.to(run.device)).cpu()
+        # each model is asked for its own patch with the middle of the cross: patches differ in size
+        patch = model.encoder.patch_embed.patch_size[0]
+        per_side = -(-size // patch)
+        place = (at // patch).long().clamp(max=per_side - 1)  # (n, 2) y, x
+        query = place[:, 0] * per_side + place[:, 1]
+        with evaluating(model):
+            heat = attention_of(model.encoder, x, query.to(run.device)).cpu()
         heat = heat / heat.amax((1, 2), keepdim=True)
         heat = F.interpolate(heat.unsqueeze(1), (size, size), mode="bilinear")
         rows[title] = torch.cat([heat, heat, 1 - heat], 1) * 0.6 + 0.4 * picture / 255
@@ -2305,7 +2336,8 @@ def paper_args(args) -> SimpleNamespace:
     folder = UNIMATCH_LISTS.get(n, n)
     files = [f"splits/pascal/{folder}/labeled.txt"] if dataset == "voc" else args.labels_file
     changed = dict(arch=arch, dataset=dataset, init=args.init or init, labels=None, num_labels=None,
-                   labels_file=files, image_size=None, train_scenes=None, val_scenes=None)
+                   labels_file=files, image_size=None, shuffle_tile=None, train_scenes=None,
+                   val_scenes=None)
     if dataset != "voc" and not files:
         changed["labels"] = args.labels
     return SimpleNamespace(**{**vars(args), **changed})
@@ -2402,25 +2434,26 @@ def cost_lines(args, stage, s) -> list[str]:
     _, _, classes, total = DATASETS[args.dataset]
     model, n_l = on_meta(args, classes or 21), s.batch_size
     if stage == "pretrain":
-        in_updates(s, 8000)
+        in_updates(s, 8000 // 4)  # scenes of four digits
     elif total:
         total = args.train_scenes or total if args.dataset == "digits" else total
         labeled = labelled_images(args) or round(total * (percent(args) or 0) / 100)
-        in_updates(s, total - labeled if stage == "semi" else labeled)
+        unlabeled = total - labeled * (s.unlabeled_pool == "rest")
+        in_updates(s, unlabeled if stage == "semi" else labeled)
     costs = report.cost(model, image_size(args))
+    of_labeled = report.cost(model, image_size(args), aux=stage != "pretrain")
     count = sum(p.numel() for p in model.parameters())
     aux = sum(p.numel() for p in model.aux.parameters())
     n_u = n_l * s.unlabeled_ratio
-    unimatch = args.method == "unimatch"
-    branches = 3 if unimatch else 1 + (s.pasa != "off")  # student passes on unlabelled images
-    taught = n_u * (2 if unimatch else 1)  # forward alone; a backward costs two
-    work = 3 * n_l + (3 * branches * n_u + taught) * (stage == "semi")
-    kept = costs["kept"] * (n_l + branches * n_u * (stage == "semi")) / args.accum_steps
+    passes = n_l * unlabeled_passes(args, s)
+    taught = n_u * (2 if args.method == "unimatch" else 1)  # forward alone; a backward costs two
+    flops = 3 * n_l * of_labeled["flops"] + (3 * passes + taught) * costs["flops"]
+    kept = (of_labeled["kept"] * n_l + costs["kept"] * passes) / args.accum_steps
     gib = [(costs["fixed"] + kept * share) / 2**30 for share in (1, 0.5)]
     return [f"  parameters {count:,}, without the auxiliary heads {count - aux:,}",
             f"  per update {n_l} labelled + {n_u} unlabelled images, {s.iterations:,} updates in "
             "all",
-            f"  per update {costs['flops'] * work / 1e12:.4g} TFLOP; memory about {gib[0]:.1f} GiB "
+            f"  per update {flops / 1e12:.4g} TFLOP; memory about {gib[0]:.1f} GiB "
             f"in float32, {gib[1]:.1f} GiB in 16 bit"]
 
 

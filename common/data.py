@@ -86,24 +86,30 @@ def _scan(folder: Path) -> list[str]:
     return found
 
 
-def _class_folder(root: Path, part: str, classes=None) -> tuple[Images, list[str]]:
-    """root/part/<class>/...: classes are the sorted folder names, or given and no others."""
-    say = f"--data-path {root}: "
+def class_files(root: Path, part: str, classes=None) -> tuple[list[str], list[int], list[str]]:
+    """Paths below root, targets and classes of root/part/<class>/..., where part may be "": classes
+    are the sorted folder names, or given and no others."""
+    say, part = f"--data-path {root}: ", part and f"{part}/"
     folders = (d for d in (root / part).iterdir() if d.is_dir())
     names = sorted(d.name for d in folders if not d.name.startswith("."))
     if not names:
-        raise UserError(f"{say}{part}/ has no class folders; put pictures in {part}/<class>/")
+        raise UserError(f"{say}{part or 'it'} has no class folders; put pictures in {part}<class>/")
     for name in names:
         if classes is not None and name not in classes:
-            raise UserError(f"{say}{part}/{name} is no class of training; rename or remove it")
+            raise UserError(f"{say}{part}{name} is no class of training; rename or remove it")
     classes = classes or names
     ids, targets = [], []
     for name in names:
         files = _scan(root / part / name)
         if not files:
-            raise UserError(f"{say}class folder {part}/{name} holds no picture; fill or remove it")
-        ids += [f"{part}/{name}/{f}" for f in files]
+            raise UserError(f"{say}class folder {part}{name} holds no picture; fill or remove it")
+        ids += [f"{part}{name}/{f}" for f in files]
         targets += [classes.index(name)] * len(files)
+    return ids, targets, classes
+
+
+def _class_folder(root: Path, part: str, classes=None) -> tuple[Images, list[str]]:
+    ids, targets, classes = class_files(root, part, classes)
     return Images(np.array([i.encode() for i in ids]), np.array(targets, np.int64), root), classes
 
 

@@ -137,8 +137,8 @@ def settings_table(title: str, settings: dict, sources: dict) -> str:
     return "\n".join([title, *(f"  {n:<{width}}  {v:<{room}}  {s}".rstrip() for n, v, s in rows)])
 
 
-def cost(model: nn.Module, size: int) -> dict[str, float]:
-    """What an update costs, from one forward of a model on "meta" (nothing is computed).
+def cost(model: nn.Module, size: int, **how) -> dict[str, float]:
+    """What an update costs, from one forward, model(x, **how), on "meta" (nothing is computed).
 
     Returns per image: flops of a forward, bytes that wait for the backward pass in float32; and
     fixed: bytes of weights, gradients, Adam's two moments and an EMA.
@@ -154,7 +154,7 @@ def cost(model: nn.Module, size: int) -> dict[str, float]:
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     counter = FlopCounterMode(display=False)
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model(torch.empty(2, 3, size, size, device=next(model.parameters()).device))
+        model(torch.empty(2, 3, size, size, device=next(model.parameters()).device), **how)
     saved = sum(t.untyped_storage().nbytes() for i, t in kept.items() if i not in own)
     fixed = 20 * sum(p.numel() for p in model.parameters())
     return dict(flops=counter.get_total_flops() / 2, kept=saved / 2, fixed=fixed)

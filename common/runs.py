@@ -27,12 +27,15 @@ def new_run(script: str, output: str | None, rank: int = 0) -> Path:
         except OSError as error:
             raise UserError(f"--output {folder}: {error.strerror}; name another folder") from None
         return folder
-    Path("runs").mkdir(exist_ok=True)
-    for n in range(1, 100_000):
-        folder = Path("runs") / f"{script}-{n:03d}"
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            return folder
+    try:
+        Path("runs").mkdir(exist_ok=True)
+        for n in range(1, 100_000):
+            folder = Path("runs") / f"{script}-{n:03d}"
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    except OSError as error:  # no permission, or a file of that name
+        raise UserError(f"runs/: {error.strerror}; name a folder with --output") from None
 
 
 def find_run(script: str, recipe: dict) -> Path | None:

@@ -96,7 +96,12 @@ def parse(file, is_id=lambda text: False):
                 raise _bad(file, n, f"{kind}: {cell!r:.99} is not an integer", "correct the column")
         image = int(cells[0]) if kind == "index" else _path(file, n, cells[0])
         second = {"labels": int, "pairs": functools.partial(_path, file, n)}.get(kind)
-        yield n, kind, image, second and second(cells[1])
+        second = second and second(cells[1])
+        # x_gtFine_labelTrainIds.png is a mask of x_leftImg8bit.png, x1.png is none of x.png
+        if kind == "pairs" and not re.match(f"{re.escape(stem(image))}(?![^\\W_])", stem(second)):
+            raise _bad(file, n, f"{second!r:.99} is not named as a mask of {image!r:.99}",
+                       "pair each picture with its own mask")
+        yield n, kind, image, second
         count += 1
     if not count:
         raise UserError(f"{file} (--labels-file): an empty list: give one image a line")
@@ -141,22 +146,22 @@ def _read_lists(files, is_id, place):
 
 
 def _image_folder(data):
-    """ids, targets, classes, root of DIR/train/<class>/ or DIR/<class>/; ids as a run has them."""
-    from common import mask_layouts  # it stands on this file
+    """ids, targets, classes, root of DIR/train/<class>/ or DIR/<class>/, listed as a run does."""
+    from common import data as layouts  # both stand on this file
+    from common import mask_layouts
 
     if layout := mask_layouts.layout_of(data):
         return mask_layouts.training_part(data, layout)
     if Path(data).name == "train" and not Path(data, "train").is_dir():
         data = Path(data).parent
-    part = "train/" if Path(data, "train").is_dir() else ""
-    root = Path(data, part)
+    part = "train" if Path(data, "train").is_dir() else ""
     try:
-        classes = sorted(e.name for e in os.scandir(root) if e.is_dir())
-        found = [(f"{part}{name}/{e.name}", c) for c, name in enumerate(classes)
-                 for e in sorted(os.scandir(root / name), key=lambda e: e.name)
-                 if os.path.splitext(e.name)[1].lower() in IMAGE]
+        ids, targets, classes = layouts.class_files(Path(data), part)
     except OSError as e:
         raise UserError(f"--data-path {data}: {e.strerror}: give a folder that can be read") from e
-    if not found:
+    if not part:  # no run reads it so: deeper folders may be the parts of another layout
+        found = [(i, c) for i, c in zip(ids, targets) if i.count("/") == 1]
+        ids, targets = map(list, zip(*found)) if found else ([], [])
+    if not ids:
         raise UserError(f"--data-path {data}: no images: give a folder with train/<class>/x.jpg")
-    return [i for i, _ in found], np.array([c for _, c in found]), classes, Path(data)
+    return ids, np.array(targets), classes, Path(data)

@@ -373,6 +373,16 @@ def test_resume_auto_finds_the_newest_equal_run_past_damaged_ones(tmp_path, monk
     assert log.find_run("s", dict(lr=3.0)) is None
 
 
+def test_a_runs_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [log.new_run("s", None).name for _ in range(2)] == ["s-001", "s-002"]
+    (tmp_path / "file").mkdir()
+    monkeypatch.chdir(tmp_path / "file")
+    Path("runs").touch()
+    with pytest.raises(UserError, match="^runs/: File exists; name a folder with --output$"):
+        log.new_run("s", None)
+
+
 def test_a_signal_that_comes_twice_at_once_still_asks(monkeypatch):
     old = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:

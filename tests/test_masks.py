@@ -395,9 +395,10 @@ def test_published_ways_to_write_a_list_mean_the_same_pictures(tmp_path, name):
     ("2008_000002\n2009_000006\n2008_000002", "line 3 .*duplicate of line 1"),
     ("2008_000002\n2009_000007", "line 2 .*missing file"),
     ("2008_000002\n2007_000033", "line 2 .*missing file"),  # validates
-    ("JPEGImages/2008_000002.jpg m.png\nJPEGImages/2009_000006.jpg ../m.png", "line 2 .*leaves"),
-    ("JPEGImages/2008_000002.jpg m.png\n/x/2009_000006.jpg m.png", "line 2 .*absolute"),
-    ("JPEGImages/2008_000002.jpg m.png\nJPEGImages/2009_000006.jpg out/m.png", "line 2 .*link"),
+    ("2008_000002.jpg 2008_000002.png\n2009_000006.jpg ../m.png", "line 2 .*leaves"),
+    ("2008_000002.jpg 2008_000002.png\n/x/2009_000006.jpg m.png", "line 2 .*absolute"),
+    ("2008_000002.jpg 2008_000002.png\n2009_000006.jpg out/2009_000006.png", "line 2 .*link"),
+    ("2008_000002.jpg 2008_000002.png\n2009_000006.jpg 2008_000002.png", "line 2 .*as a mask of"),
     ("2008_000002\n2009_000006\0", "line 2 .*NUL"),
     ("", "empty list"),
 ])

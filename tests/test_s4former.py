@@ -4,6 +4,7 @@ tests/parity/s4former.pt holds what the authors' functions returned (released re
 2.15); its draws are stored, so no random stream is compared.
 """
 
+import json
 import math
 import random
 import re
@@ -23,6 +24,7 @@ from common.amp import Precision
 from common.ema import Ema
 from common.mask_views import confusion, iou, windows
 from common.masks import Pairs
+from common.pictures import BadImage
 from common.splits import UserError
 
 PARITY = torch.load(ROOT / "tests" / "parity" / "s4former.pt", weights_only=True)
@@ -364,6 +366,8 @@ def test_pasa_rows_by_the_median_are_strictly_above_it():
     assert S.confident_half(c).tolist() == [[True, True, False, False]]
     assert not S.confident_half(c, "median").any()  # then every row is biased
     assert S.confident_half(torch.tensor([[0.1, 0.4, 0.2, 0.3]]), "median").sum() == 2
+    for c in (torch.rand(3, 9), torch.rand(3, 16).round(decimals=1)):
+        assert torch.equal(S.confident_half(c, "median"), c > c.median(1, keepdim=True).values)
 
 
 def test_the_released_segformers_mask_has_its_rows_off_by_one():
@@ -742,6 +746,17 @@ def test_attention_of_a_patch_sums_to_what_the_class_token_leaves():
     assert (a.sum((1, 2)) > 0.8).all()
 
 
+@pytest.mark.parametrize("size", [64, 24])  # 8 x 8 patches; 3 x 3, which no cut in two divides
+def test_stage_pretrain_takes_the_mean_of_each_quarter(size):
+    torch.manual_seed(0)
+    encoder, dims = S.build_encoder(parse(f"--image-size {size}"))
+    model = S.DigitClassifier(encoder, dims[-1]).eval()
+    x = torch.rand(2, 3, size, size)
+    feature = model.norm(model.encoder(x)[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    means = F.adaptive_avg_pool2d(feature, 2).flatten(2).transpose(1, 2)
+    assert torch.equal(model(x), model.classifier(means))  # to the bit
+
+
 # ----- published weights ------------------------------------------------------------------------
 
 
@@ -1098,6 +1113,70 @@ def test_the_walk_has_all_numbers_and_dry_run_prints_them():
     assert S.paper_number(parse("--dataset voc --num-labels 92 --follow code")) is None
 
 
+def test_the_dry_run_counts_as_the_run_does():
+    args = parse("--dataset voc --num-labels 92 --epochs semi=80")
+    for flags, images in (("", 10582 - 92), (" --unlabeled-pool all", 10582)):
+        s = settings("--dataset voc --num-labels 92 --epochs semi=80" + flags)
+        assert f"{80 * (images // 8):,} updates" in S.cost_lines(args, "semi", s)[1]
+    said = S.dry_run(parse("--epochs pretrain=1 --shuffle-tile 24 --image-size 72"))
+    assert "= 125 updates" in said.replace(" + 0 unlabelled images,", " =")  # 8000 / 4 / 16
+    assert "the paper's row" in said  # whose crop no tile of 24 pixels divides
+    args = parse("--dataset voc --arch deit_tiny --image-size 64")
+    s, model = S.derive(args, "sup", 1), S.on_meta(args, 21)
+    plain, with_aux = (S.report.cost(model, 64, aux=aux)["flops"] for aux in (False, True))
+    assert with_aux > 1.5 * plain
+    assert f"{3 * 8 * with_aux / 1e12:.4g} TFLOP" in S.cost_lines(args, "sup", s)[2]
+
+
+def caught(monkeypatch, owner, name, flags):
+    """What a run gives to the function owner.name, at whose call it ends."""
+    def end(*given, **_):
+        raise Caught(given)
+
+    monkeypatch.setattr(owner, name, end)
+    with pytest.raises(Caught) as found:
+        S.main.__wrapped__(parse(f"--train-scenes 30 --val-scenes 4 --image-size 32 "
+                                 f"--shuffle-tile 16 --num-labels 20 {flags}"))
+    return found.value.args[0]
+
+
+class Caught(Exception):
+    pass
+
+
+def test_a_pass_of_stage_pretrain_shows_each_digit_once(monkeypatch):
+    flags = "--stage pretrain --batch-size 8 --epochs 3"
+    *_, of_stage = caught(monkeypatch, S.flags, "mathematics", flags)
+    assert of_stage["pretrain"].iterations == 3 * (8000 // 4 // 8)
+
+
+@pytest.mark.parametrize("flags, images", [
+    ("--method unimatch", 4), ("--method base", 2), ("", 3), ("--pasa off", 2),
+    ("--unlabeled-ratio 3", 7), ("--method unimatch --unlabeled-ratio 2", 7)])
+def test_what_a_step_holds_is_counted_before_it_starts(monkeypatch, flags, images):
+    more = f"--batch-size pretrain=1,sup=1,semi=2 {flags}"
+    _, largest, *_ = caught(monkeypatch, S.report, "refuse_too_large", more)
+    assert largest == 2 * images
+
+
+def test_what_stage_pretrain_takes_from_the_flags():
+    text = "--head-lr-scale 3 --drop-path pretrain=0.2"
+    s, table = settings(text, "pretrain"), S.dry_run(parse(text))
+    assert (s.head_lr_scale, s.drop_path) == (3, 0.2)
+    assert table.split("stage sup")[0].count("head_lr_scale") == 1
+    run = SimpleNamespace(device=torch.device("cpu"), world=1)
+    model = S.stage_model(parse(text), "pretrain", s, 11, None, run)
+    assert model.encoder.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
+    assert {g["lr_scale"] for g in S.parameter_groups(model, s)} == {1, 3}
+
+
+def test_stage_semi_of_method_sup_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse("--method sup --stage semi --init run")
+    said = capsys.readouterr().err
+    assert "--stage semi, --method sup: no stage is left" in said and said.count("\n") == 1
+
+
 RECIPE_CELLS = [  # flags, stage, {setting: value}: section 7 and 6 of the configs
     ("--dataset voc", "semi", dict(iterations=80000, batch_size=8, unlabeled_ratio=1, lr=1e-3,
         optimizer="sgd", head_lr_scale=10, min_lr=1e-4, power=0.9, weight_decay=0, tau=0.95,
@@ -1252,6 +1331,73 @@ def test_evaluation_by_hand_and_the_mode_it_leaves():
     assert r["iou_a"] == pytest.approx(100 * lower / (lower + 31), abs=1e-3)
     assert r["miou"] == pytest.approx((r["iou_a"] + r["iou_b"]) / 2, abs=1e-3)
     assert model[0].training and not model[1].training and run.pixels == upper + lower
+
+
+def test_windows_never_leave_holes():
+    run, s = SimpleNamespace(precision=FP32, image_size=4), settings("--eval-mode slide")
+    z = S.logits_of(nn.Identity(), torch.rand(1, 2, 9, 11), s, run)
+    assert s.eval_stride == 512 and z.isfinite().all()
+
+
+def test_a_run_is_evaluated_by_the_settings_of_its_last_stage(tmp_path, monkeypatch):
+    about, asked = dict(image_size=8, classes=["others"]), []
+    monkeypatch.setattr(S, "load_final", lambda *a: (nn.Identity(), about))
+    monkeypatch.setattr(S, "derive", lambda args, stage, world: asked.append(stage))
+    args = parse(f"--eval {tmp_path}")
+    for stages in (["pretrain", "sup", "semi"], ["pretrain", "sup"]):
+        line = dict(settings={x: {} for x in stages})
+        (tmp_path / "log.jsonl").write_text(json.dumps(line))
+        with pytest.raises(UserError, match="other classes"):
+            S.evaluate_run(args, SimpleNamespace(classes=["a"]),
+                           SimpleNamespace(device=torch.device("cpu")))
+    assert asked == ["semi", "sup"]
+
+
+def looks_at(size, monkeypatch):
+    """(data of digit scenes, args, settings, run, list of the rows drawn) for the pictures."""
+    args = parse(f"--train-scenes 4 --val-scenes 3 --image-size {size}")
+    run = SimpleNamespace(device=torch.device("cpu"), image_size=size, precision=FP32,
+                          stats=torch.tensor([127.0, 64.0]).view(2, 1, 1, 1))
+    drawn = []
+    monkeypatch.setattr(S.report, "contact_sheet", lambda rows, *_: drawn.append(rows))
+    return S.load_data(args)[0], args, S.derive(args, "sup", 1), run, drawn
+
+
+def test_attention_is_drawn_of_the_evaluated_network_and_at_each_models_own_patch(
+        monkeypatch, tmp_path):
+    data, args, s, run, drawn = looks_at(64, monkeypatch)
+    fine, coarse = model_of("--arch vit_digits").train(), model_of("--arch deit_tiny").train()
+    before = {k: v.clone() for k, v in fine.state_dict().items()}
+    asked, plain = [], S.attention_of
+
+    def attention_of(vit, x, query):
+        asked.append(query)
+        assert not vit.training and query.max() < (64 // vit.patch_embed.patch_size[0]) ** 2
+        return plain(vit, x, query)
+
+    monkeypatch.setattr(S, "attention_of", attention_of)
+    for models in (dict(a=fine, b=coarse), dict(a=coarse, b=fine)):
+        assert S.draw_attention(models, data, s, args, run, tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in fine.state_dict().items()) and fine.training
+    for first, second, per_row, factor in ((*asked[:2], 8, 0.5), (*asked[2:], 4, 2)):
+        row, column = ((f + 0.5) * factor for f in (first // per_row, first % per_row))
+        own = int(per_row * factor)
+        assert torch.equal(second, (row.long() * own + column.long()))
+    assert list(drawn[0]) == ["marked patch", "truth", "a", "b"]
+
+
+def test_a_broken_validation_picture_is_replaced_in_the_pictures_too(monkeypatch):
+    data, args, s, run, _ = looks_at(32, monkeypatch)
+    whole, read = S.validation_looks(data, s, args, run, 8), Pairs.pil
+
+    def pil(self, i):
+        if i == 1:
+            raise BadImage("b.png: broken")
+        return read(self, i)
+
+    monkeypatch.setattr(Pairs, "pil", pil)
+    for a, b in zip(whole, S.validation_looks(data, s, args, run, 8)):
+        assert torch.equal(b, a[[0, 2, 2]])
 
 
 def test_pictures_to_predict_are_looked_for_before_training(tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import splits
+from common import split_lists, splits
+from common.data import load_dataset
 from common.splits import UserError, main, make_split, read_split, write_split
 
 HERE = Path(__file__).parent
@@ -229,8 +230,10 @@ GOOD = b"n01440764_1.JPEG\n"
     (b"n01440764_1.JPEG,0,0\nn01440764_2.JPEG,0\n", 2, "column count"),
     (b"n01440764_1.JPEG,0,0,0\n", 1, "column count"),
     (b"n01440764_1.JPEG 0\nn01440764_2.JPEG\n", 2, "column count"),
-    (b"n01440764_1.JPEG m.png\nn01440764_2.JPEG m.png m.png\n", 2, "column count"),
-    (b"n01440764_1.JPEG m.png\nn01440764_2.JPEG ../m.png\n", 2, "leaves"),
+    (b"n01440764_1.JPEG n01440764_1.png\nn01440764_2.JPEG m.png m.png\n", 2, "column count"),
+    (b"n01440764_1.JPEG n01440764_1.png\nn01440764_2.JPEG ../m.png\n", 2, "leaves"),
+    (b"n01440764_1.JPEG m/n01440764_1.png\nn01440764_2.JPEG m/n01440764_1.png\n", 2, "as a mask"),
+    (b"n01440764_1.JPEG n01440764_1_id.png\nn01440764_2.JPEG n01440764_20.png\n", 2, "as a mask"),
     (b"n01440764_1.JPEG 0\nn01440764_2.JPEG cat\n", 2, "not an integer"),
     (b"n01440764_1.JPEG,0,0\nn01440764_2.JPEG,0,x\n", 2, "not an integer"),
     (b"n01440764_1.JPEG 0\nn01440764_2.JPEG 1\n", 2, "label 1, but"),
@@ -293,7 +296,7 @@ def test_a_link_out_of_the_data_is_refused_and_one_within_is_not(tmp_path):
     ids = ["a/x.png", "a/bad.png", "a/fine.png", "b/secret.png"]
     good = save(tmp_path, "a/x.png\na/fine.png\n", "good.txt")
     assert len(read_split(ids, None, [], good, root=root).labeled) == 2
-    for bad in ("a/bad.png", "b/secret.png", "a/x.png b/secret.png"):
+    for bad in ("a/bad.png", "b/secret.png", "a/x.png b/x.png"):
         with pytest.raises(UserError, match="line 1 .*link that leaves"):
             read_split(ids, None, [], save(tmp_path, bad), root=root)
     moved = tmp_path / "moved"
@@ -356,12 +359,28 @@ def test_make_then_check(photos, tmp_path, capsys):
     assert main(make) == 2 and "holds a labeled.txt" in capsys.readouterr().err
 
 
+def test_make_lists_the_pictures_of_a_run(tmp_path):
+    root = tmp_path / "data"
+    for file in ("train/cat/a.jpg", "train/cat/deep/b.jpg", "train/dog/c.jpg", "train/.old/d.jpg",
+                 "val/cat/e.jpg"):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(b"")
+    run = load_dataset("folder", str(root))
+    for path in (root, root / "train"):
+        ids, targets, classes, _ = split_lists._image_folder(path)
+        assert ids == [i.decode() for i in run.train.ids] and classes == run.classes
+        assert np.array_equal(targets, run.train.targets)
+    (root / "train").rename(root / "photos")
+    ids, targets, classes, _ = split_lists._image_folder(root / "photos")
+    assert ids == ["cat/a.jpg", "dog/c.jpg"] and classes == ["cat", "dog"]
+
+
 @pytest.mark.parametrize("argv, named", [
     ([], "command"), (["make", "--data-path", "DIR"], "--output"),
     (["make", "--data-path", "DIR", "--output", "o"], "--num-labels"),
     (["make", "--data-path", "DIR", "--labels", "x", "--output", "o"], "--labels"),
     (["make", "--data-path", "DIR/none", "--labels", "1", "--output", "o"], "none"),
-    (["make", "--data-path", "DIR/train/cat", "--labels", "1", "--output", "o"], "no images"),
+    (["make", "--data-path", "DIR/train/cat", "--labels", "1", "--output", "o"], "no class folders"),
     (["make", "--data-path", "DIR", "--labels", "1", "--output", "DIR/f.txt/o"], "f.txt"),
     (["check", "--labels-file", "DIR/none.txt"], "none.txt"),
     (["check", "--labels-file", "a", "b", "c"], "one or two"),
