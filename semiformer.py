@@ -66,7 +66,7 @@ import random
 import re
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,6 +88,8 @@ from common.amp import Precision, pick_device
 from common.data import load_dataset
 from common.ema import Ema
 from common.pictures import BadImage, BadImages, find_pictures, open_image
+from common.split_lists import KNOWN, fingerprint
+from common.split_lists import parse as read_list
 from common.splits import UserError
 from common.streams import Stream, eval_loader, seed_of, stream_loader
 
@@ -95,6 +97,10 @@ from common.streams import Stream, eval_loader, seed_of, stream_loader
 
 SCRIPT = "semiformer"
 STAGES = ("sup", "semi")
+PUBLISHED = {  # lists                                                                    [Sec. 5.1]
+    "Semiformer 10% (FixMatch's ImageNet split 1)": 10,
+    "Semiformer 5%": 5,
+}
 METHODS = {  # Tables 1 and 3
     "sup": {},  # stage sup alone; where both stages are one training, for all its epochs
     "vanilla": {},  # one stream, labelled by itself (Sec. 3)
@@ -163,7 +169,8 @@ SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a fla
     "weight_decay": (float, dict(sup=0.05, semi=0.05),
         "AdamW; none on biases, norms and class token [authors' code]"),
     "drop_path": (float, dict(sup=0.1, semi=0.1),
-        "stochastic depth of the last attention block, linear from 0 [authors' code]"),
+        "stochastic depth of the last attention block, linear from 0; an --arch without such a "
+        "block has none, resnet50 too [authors' code]"),
     "label_smoothing": (float, dict(sup=0.1, semi=0.1), "of true labels [Sec. 5.1]"),
     "label_smoothing_u": (float, dict(sup=0.0, semi=0.0),
         "of pseudo-labels [Table 3: none; main run: 0.1 by the authors' script]"),
@@ -368,6 +375,13 @@ def parse_args(argv=None):
                             ("attention", trans, "transformer")):
         if getattr(args, flag) and not has and not args.eval:
             p.error(f"--{flag.replace('_', '-')}: --arch {args.arch} has no {what}")
+    if any((args.drop_path or {}).values()) and not trans and not args.eval:
+        p.error(f"--drop-path: --arch {args.arch} has no attention block to leave out")
+    if args.recipe and recipe(args)[0][2] != args.recipe and not args.eval:
+        share = f"--num-labels {args.num_labels}" if args.num_labels else "--labels-file LIST"
+        share = f"--labels {percent(args):g}" if percent(args) else share
+        p.error(f"--recipe {args.recipe}: no such row for --dataset {args.dataset} "
+                f"--arch {args.arch} {share}")
     if args.fuse is None:
         args.fuse = int(pair and args.method != "conv_labeled")
     return args
@@ -382,13 +396,19 @@ def default_percent(args):
 
 
 def percent(args):
-    """--labels, or its default; None where an absolute count or a list was given.
-
-    The published ImageNet lists hold 10% and 5%; their recipe is chosen with --recipe.
-    """
+    """--labels, its default, or that of a published list; None for another list, or a count."""
     if args.num_labels or args.labels_file:
-        return None
+        return PUBLISHED.get(list_name(args.labels_file[0])) if args.labels_file else None
     return args.labels or default_percent(args)
+
+
+@cache
+def list_name(file: str) -> str | None:
+    """The name of a published list, known by its hash, whatever the file is called."""
+    try:
+        return KNOWN.get(fingerprint(str(image) for _, _, image, _ in read_list(file)))
+    except UserError:  # reading the split will say what is wrong with it
+        return None
 
 
 def recipe_name(args) -> str:
@@ -410,9 +430,10 @@ def recipe_name(args) -> str:
 
 
 def recipe(args):
-    """(key, row): the most special row of RECIPES for these flags; a list counts as 10%."""
+    """(key, row): the most special row of RECIPES for these flags; an unknown list counts as what
+    its recipe was made for, 10% by default."""
     name, labels = recipe_name(args), percent(args)
-    if args.labels_file and args.dataset in _PAPERS:
+    if args.labels_file and labels is None and args.dataset in _PAPERS:
         labels = {"R3": 5, "R4": 20, "R6": 5}.get(name, 10)
     for special in ((args.arch, name, labels), (None, name, labels), (None, name, None),
                     (None, None, None)):
@@ -957,18 +978,21 @@ class Semiformer(nn.Module):
 
 
 class Across(nn.Module):
-    """Exchange between two streams of one kind, at equal size (E5), as Eq. 5 or Eq. 6."""
+    """Exchange between two streams of one kind, at equal size (E5), as Eq. 5 or Eq. 6; GELU or ReLU
+    last (D4)."""
 
-    def __init__(self, width: int, tokens: bool):
+    def __init__(self, width: int, tokens: bool, act: bool = True):
         super().__init__()
         self.project = nn.Linear(width, width) if tokens else nn.Conv2d(width, width, 1)
         self.norm = nn.LayerNorm(width, eps=1e-6) if tokens else norm2d(width)
-        self.tokens = tokens
+        self.tokens, self.act = tokens, act
 
     def forward(self, other: Tensor) -> Tensor:
         if not self.tokens:
-            return F.relu(self.norm(self.project(other)))
-        d = F.gelu(self.norm(self.project(other[:, 1:])))
+            d = self.norm(self.project(other))
+            return F.relu(d) if self.act else d
+        d = self.norm(self.project(other[:, 1:]))
+        d = F.gelu(d) if self.act else d
         return F.pad(d, (0, 0, 1, 0))  # nothing for the class token  (N, 1 + L, D)
 
 
@@ -977,7 +1001,7 @@ class Twins(nn.Module):
 
     names = ("first", "second")
 
-    def __init__(self, streams, num_classes, fuse=True, **how):
+    def __init__(self, streams, num_classes, fuse=True, act=True, **how):
         super().__init__()
         self.first, self.second = (Semiformer(streams[:1], num_classes, fuse, stem=k == 0, **how)
                                    for k in (0, 1))
@@ -985,7 +1009,7 @@ class Twins(nn.Module):
         widths = [width for _, width, _, _ in depths_of(streams[0])][1:]
         widths = widths if self.tokens else widths[:-1]
         self.to_first, self.to_second = (
-            nn.ModuleList(Across(w, self.tokens) for w in widths if fuse).apply(init_weights)
+            nn.ModuleList(Across(w, self.tokens, act) for w in widths if fuse).apply(init_weights)
             for _ in (0, 1))
 
     def forward(self, image: Tensor) -> Tensor:
@@ -1024,7 +1048,7 @@ def model_arguments(args, num_classes: int) -> dict:
     if any(size % cell for cell in cells):
         raise UserError(f"--image-size {size}: --arch {args.arch} needs a multiple of {max(cells)}")
     return dict(arch=args.arch, num_classes=num_classes, fuse=bool(args.fuse), image_size=size,
-                pos_embed=bool(args.pos_embed), act=bool(derive(args, "sup", 1).exchange_act))
+                pos_embed=bool(args.pos_embed), act=bool(resolve(args, "sup").exchange_act))
 
 
 def model_of(arch, num_classes, fuse, drop_path=0.0, **how) -> nn.Module:
@@ -1414,7 +1438,8 @@ def run_stage(stage, model, warm, data, split, s, args, run, resume):
         of_u = stream_loader(data.train, [views["weak"], views["strong"]], unlabeled, **how)
         batches = ((*b_l, *b_u) for b_l, b_u in zip(batches, of_u))
     names = {p: n for n, p in model.named_parameters()}
-    some_known = bool((data.train.targets[split.unlabeled] >= 0).any())
+    # Beside an unlabeled/ folder the known ones are the labelled pictures, learned by heart.
+    all_known = bool((data.train.targets[split.unlabeled] >= 0).all())
     if resume:
         bad.seen.update(resume["bad_images"])
 
@@ -1451,9 +1476,9 @@ def run_stage(stage, model, warm, data, split, s, args, run, resume):
                     student, model, images(seen_l), y_l, images(seen_w), images(seen_s), s,
                     run.precision, noise)
                 # The only use of unlabelled images' true labels, where known: two logged numbers.
-                right, sure = (y_hat == y_u) & (y_u >= 0), (o >= s.tau) & (y_u >= 0)
-                if some_known:
-                    losses["pseudo_acc"] = right.sum() / (y_u >= 0).sum().clamp(min=1)
+                right, sure = y_hat == y_u, o >= s.tau
+                if all_known:
+                    losses["pseudo_acc"] = right.float().mean()
                     losses["kept_acc"] = (right & sure).sum() / sure.sum().clamp(min=1)
             run.precision.backward(losses["loss"] / args.accum_steps)
         parts.append({k: v.detach() for k, v in losses.items()})
@@ -1544,7 +1569,7 @@ def main(args):
                         "to train; raise --epochs or choose another stage")
     if args.stage == "semi" and not args.init:
         raise UserError("--stage semi: needs --init RUN, a run of stage sup")
-    pool = derive(args, "semi", run.world).unlabeled_pool
+    pool = resolve(args, "semi").unlabeled_pool  # not derived: a stage left out need not fit
     split = flags.choose_split(args, data, pool, default_percent(args))
     if "semi" in stages and not len(split.unlabeled):
         raise UserError("--labels: no image is left unlabelled; lower it, or --unlabeled-pool all")
@@ -1739,8 +1764,8 @@ def load_final(folder: str, flag: str = "--eval") -> tuple[nn.Module, dict]:
     tensors = checkpoint.read(file)
     with safe_open(file, "pt") as opened:
         about = json.loads((opened.metadata() or {}).get("model", "null"))
-    if about is None:
-        raise UserError(f"{flag} {folder}: its model.safetensors was not written by this project")
+    if about is None or "arguments" not in about:
+        raise UserError(f"{flag} {folder}: its model.safetensors was not written by {SCRIPT}.py")
     model = model_of(**about["arguments"])
     weights.load_exactly(model, tensors, set(), f"{flag} {folder}")
     return model, about
@@ -1867,10 +1892,11 @@ def paper_args(args) -> SimpleNamespace:
     dataset = "places205" if args.dataset == "places205" else "imagenet"
     allowed = (5,) if dataset == "places205" else (5, 10, 20)
     changed = dict(arch=arch, dataset=dataset, init=None, num_labels=None, labels_file=None,
-                   image_size=None, recipe=None if args.recipe == "digits" else args.recipe)
+                   image_size=None, recipe=None if args.recipe == "digits" else args.recipe,
+                   accum_steps=1)  # parts are made of this run's batch
     paper = SimpleNamespace(**{**vars(args), **changed})
-    paper.labels = args.labels if args.labels in allowed else None
-    paper.labels = paper.labels or default_percent(paper)
+    labels = percent(args) or recipe(args)[0][3]
+    paper.labels = labels if labels in allowed else default_percent(paper)
     return paper
 
 
@@ -1888,10 +1914,8 @@ def paper_number(args) -> str | None:
         return None  # the first 30 epochs of a training
     if method != "sup":
         source = (args.pseudo_source or {}).get("semi", "conv")
-    labels, more = percent(args), ""
-    if args.labels_file and args.dataset == "imagenet":  # Places205's were never published
-        labels, more = recipe(args)[0][3], ", with the published list"
-    key = (args.dataset, args.arch, method, source, labels, recipe_name(args))
+    more = ", with the published list" if args.labels_file else ""  # another has no percentage
+    key = (args.dataset, args.arch, method, source, percent(args), recipe_name(args))
     if branch and method != "sup":
         fits = branch == 5.0 and key == ("imagenet", "vit_conv", *_FULL, 10, "R1")
         return f"{PAPER_MAE} top-1 (Semi-MAE's, E10){more}" if fits else None
@@ -1976,7 +2000,7 @@ def cost_lines(args, stage, s) -> list[str]:
     flops, kept = costs["flops"], costs["kept"] * (n_l + n_u) / args.accum_steps
     gib = [(costs["fixed"] + kept * share) / 2**30 for share in (1, 0.5)]
     updates = ""
-    if total and not args.labels_file:  # known without the data
+    if total and (args.num_labels or percent(args)):  # known without the data
         exact = {("imagenet", 10): 128116, ("imagenet", 5): 64058}  # the published lists
         labeled = exact.get((args.dataset, percent(args)),
                             round(total * (percent(args) or 0) / 100))

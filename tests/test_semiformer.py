@@ -1,7 +1,9 @@
 """semiformer.py: the authors' numbers, equations by hand, counts, recipes, the dry runs."""
 
+import json
 import math
 import re
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from torchvision import transforms as T
 
@@ -689,6 +692,21 @@ def test_departures(follow, name, stage, value):
 def test_departure_d4_reaches_the_model():
     assert S.build_model(parse(""), 10).conv_trans_2.squeeze_block.act
     assert not S.build_model(parse("--follow D4=paper"), 10).conv_trans_2.squeeze_block.act
+    for arch in ("vit_vit_digits", "conv_conv_digits"):
+        for follow, act in (("recommended", True), ("D4=paper", False)):
+            across = S.build_model(parse(f"--arch {arch} --follow {follow}"), 10).to_first[0].eval()
+            x = torch.randn(2, 5, 64) if across.tokens else torch.randn(2, 64, 3, 3)
+            plain = across.norm(across.project(x[:, 1:] if across.tokens else x))
+            last = (F.gelu if across.tokens else F.relu)(plain) if act else plain
+            found = across(x)
+            assert torch.equal(found[:, 1:] if across.tokens else found, last), (arch, follow)
+
+
+def test_a_stage_that_is_not_run_need_not_fit():
+    args = parse("--method sup --batch-size 4")
+    assert S.derive(args, "sup", 1).n_l == 4 and S.build_model(args, 10).names
+    args = parse("--stage semi --init RUN --batch-size sup=3,semi=96 --accum-steps 2")
+    assert S.derive(args, "semi", 1).n_l == 16 and S.build_model(args, 10).names
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -698,6 +716,12 @@ def test_departure_d4_reaches_the_model():
     ("--arch conv --fuse 1", "--fuse: --arch conv has no second stream"),
     ("--arch conv --pos-embed 1", "--pos-embed: --arch conv has no transformer"),
     ("--arch resnet50 --attention x.png", "--attention: --arch resnet50 has no transformer"),
+    ("--arch resnet50 --drop-path 0.1", "--drop-path: --arch resnet50 has no attention block"),
+    ("--dataset imagenet --recipe R3", "--recipe R3: no such row for --dataset imagenet "
+     "--arch vit_conv --labels 10"),
+    ("--dataset imagenet --arch vit --recipe R1", "--recipe R1: no such row"),
+    ("--dataset imagenet --recipe R1 --num-labels 50", "--arch vit_conv --num-labels 50"),
+    ("--recipe R2", "--recipe R2: no such row for --dataset digits"),
 ])
 def test_method_and_streams_must_fit(flags, named, capsys):
     with pytest.raises(SystemExit):
@@ -724,12 +748,34 @@ def test_a_group_that_does_not_divide_the_batch_says_so():
     assert s.sources["batch_group"] == "the whole batch: 108 does not divide it"
 
 
-def test_the_papers_number_stands_beside_its_own_list_alone():
-    for flags, number in (("--labels-file L", "75.5 top-1, with the published list"),
-                          ("--labels-file L --mae-weight 5",
-                           "76.4 top-1 (Semi-MAE's, E10), with the published list"),
-                          ("--labels-file L --dataset places205", None)):
-        assert S.paper_number(imagenet(flags)) == number
+def test_the_papers_number_stands_beside_its_own_list_alone(tmp_path, monkeypatch, no_costs):
+    (tmp_path / "L").write_text("n01440764_1.JPEG,0,0\nn01440764_2.JPEG,0,1\n")
+    monkeypatch.chdir(tmp_path)
+    key = S.fingerprint(["n01440764_1", "n01440764_2"])
+    known = {percent: name for name, percent in S.PUBLISHED.items()}
+    assert set(known.values()) <= set(S.KNOWN.values())
+    for listed, flags, row, number in (  # the percentage of the list; those of the recipe
+            (None, "", ("R1", 10), None), (None, "--mae-weight 5", ("R1", 10), None),
+            (None, "--recipe R4", ("R4", 20), None), (None, "--recipe R3", ("R3", 5), None),
+            (None, "--dataset places205", (None, None), None),
+            (None, "--dataset places205 --recipe R6", ("R6", 5), None),
+            (10, "", ("R1", 10), "75.5 top-1, with the published list"),
+            (10, "--mae-weight 5", ("R1", 10),
+             "76.4 top-1 (Semi-MAE's, E10), with the published list"),
+            (5, "", ("R3", 5), "66.3 top-1, with the published list")):
+        monkeypatch.setitem(S.KNOWN, key, known.get(listed))
+        S.list_name.cache_clear()
+        args = imagenet(f"--labels-file L {flags}")
+        assert S.percent(args) == listed and S.recipe(args)[0][2:] == row
+        assert S.paper_number(args) == number
+        paper = S.paper_args(args)
+        assert S.recipe(paper)[0][2:] == (("R6", 5) if "places" in flags else row)
+    text = S.dry_run(args).split("== the paper's row")  # the published 5%
+    assert all("66.3 top-1" in x and "400 updates per epoch" in x for x in text)
+    monkeypatch.setitem(S.KNOWN, key, None)
+    S.list_name.cache_clear()
+    assert "updates per epoch" not in S.dry_run(args).split("== the paper's row")[0]
+    S.list_name.cache_clear()
 
 
 def test_an_image_size_that_the_streams_cannot_cut():
@@ -960,6 +1006,10 @@ def test_a_run_and_its_pictures(tmp_path, tiny, capsys):
     Image.open(picture).resize((40, 30)).save(tmp_path / "odd" / "odd.png")
     S.main(parse(f"--eval {tmp_path / 'a'} --attention {tmp_path / 'odd'}"))
     assert "left out of attention.png" in capsys.readouterr().err
+    save_file({"x": torch.zeros(1)}, tmp_path / "odd" / "model.safetensors", {"model": "{}"})
+    with pytest.raises(SystemExit):  # another script's
+        S.main(parse(f"--eval {tmp_path / 'a'} --attention {picture} --compare {tmp_path / 'odd'}"))
+    assert "was not written by semiformer.py" in capsys.readouterr().err
     S.main(parse(f"--eval {tmp_path / 'b'} --predict {tiny / 'val' / 'c3'}"))
     rows = (tmp_path / "b" / "predictions.csv").read_text().splitlines()
     assert len(rows) == 3 and rows[0].startswith("file,class_1,probability_1")
@@ -974,6 +1024,24 @@ def test_runs_of_other_kinds(more, tmp_path, tiny, monkeypatch):
     assert (", ema " in S.each(found)) is ("ema" in more)
     heads = {"top1_conv", "top1_trans"} if "source" in more else {"top1_first", "top1_second"}
     assert ("ema_top1" in found) if "ema" in more else heads <= found.keys()
+
+
+def test_accuracy_of_pseudo_labels_is_logged_where_all_classes_are_known(tmp_path, tiny):
+    for source in sorted((tiny / "train").glob("*/*.png")):  # two of each class with a label
+        folder = tmp_path / "own" / "labeled" / source.parent.name
+        if len([*folder.glob("*")]) == 2:
+            folder = tmp_path / "own" / "unlabeled"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, folder)
+    short = SHORT.replace("--num-labels 20", "").replace("sup=2", "sup=0")
+    for data, more, known in (("own", "", False), (tiny, "--num-labels 20", True)):
+        run = tmp_path / f"run-{known}"
+        with pytest.raises(SystemExit):
+            S.main(parse(f"--data-path {tmp_path / data} {short} {more} --print-every 1 "
+                         f"--stop-after 1 --output {run}"))
+        lines = [json.loads(x) for x in (run / "log.jsonl").read_text().splitlines()]
+        (line,) = [x for x in lines if "kept" in x]
+        assert (known, known) == ("pseudo_acc" in line, "kept_acc" in line)
 
 
 def test_stage_semi_goes_on_with_the_optimiser_of_stage_sup(tmp_path, tiny):

@@ -324,6 +324,36 @@ def test_wider_or_sk_networks_beyond_table_1_take_its_smaller_rate():
         assert s.lr == pytest.approx(peak), flags
 
 
+def test_networks_beyond_table_1_train_on_part_of_the_labels_as_those_in_it():
+    for labels, epochs, augment, smoothing in ((1, 60, "strong", 0.1), (5, 30, "strong", 0.1),
+                                               (10, 30, "strong", 0.1), (100, 30, "weak", 0)):
+        for arch in ("resnet18", "resnet50 --width 1.5"):
+            flags = f"--dataset imagenet --arch {arch} --labels {labels}"
+            f, sup = (settings(flags, stage) for stage in ("finetune", "sup"))
+            assert (f.epochs, sup.augment, sup.label_smoothing) == (epochs, augment, smoothing)
+            assert f.augment == "weak"
+
+
+def test_parts_and_batches_of_a_run_need_not_fit_the_papers():
+    args = parse("--stage sup --accum-steps 5")
+    assert S.derive(args, "sup", 1).micro_batch == 8
+    assert S.paper_numbers(S.paper_args(args)) == {}
+    flags = "--dataset imagenet --stage finetune --init RUN --labels 1 --accum-steps 3"
+    args = parse(f"{flags} --batch-size finetune=1023")
+    assert S.derive(args, "finetune", 1) and S.paper_numbers(args) == {}
+
+
+def test_updates_are_counted_where_the_labels_are(monkeypatch):
+    monkeypatch.setattr(S.report, "cost", lambda model, size: dict(flops=1, kept=1, fixed=1))
+    for stage, more, counted in (("sup", "--labels-file L", False), ("sup", "--labels 1", True),
+                                 ("sup", "--num-labels 9", True), ("pretrain", "", True),
+                                 ("pretrain", "--labels-file L", True),
+                                 ("pretrain", "--labels-file L --unlabeled-pool rest", False)):
+        args = parse(f"--dataset imagenet --arch resnet18 --stage {stage} {more}")
+        text = "".join(S.cost_lines(args, stage, S.derive(args, stage, 1)))
+        assert ("updates in all" in text) is counted, (stage, more)
+
+
 def test_all_labels_start_from_the_input_of_the_head():
     for dataset in ("digits", "cifar10", "imagenet"):
         layers = [settings(f"--dataset {dataset} --labels {n}", "finetune").ft_proj_selector
@@ -1650,6 +1680,23 @@ def test_distilling_without_labels_is_given_none(tiny, straight, tmp_path):
     argv = SCRIPT.argv(tiny, f"--stage distill --teacher {straight(SCRIPT)} --alpha 1")
     ends("simclrv2", argv, tmp_path, setup=steps_see_no_label)
     assert "teacher_acc" in lines_of(only_run(tmp_path), "distill")[0]
+
+
+def test_the_teachers_accuracy_is_logged_where_all_classes_are_known(tiny, straight, tmp_path):
+    argv = SCRIPT.argv(tiny, f"--stage distill --teacher {straight(SCRIPT)} --stop-after 2")
+    ends("simclrv2", argv, tmp_path, setup=other_labels, setup_arguments=(-1,))
+    (line,) = [x for x in lines_of(only_run(tmp_path), "distill") if "loss" in x]
+    assert "agreement" in line and "teacher_acc" not in line
+
+
+@pytest.mark.parametrize("parts, compiled", [(1, ["Net"]), (2, ["Encoder", "Sequential"])])
+def test_what_a_step_calls_is_compiled(parts, compiled, tiny, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(nn.Module, "compile", lambda m, **how: seen.append(type(m).__name__))
+    flags = f"--stage pretrain --compile --accum-steps {parts} --stop-after 1 --output {tmp_path}/r"
+    with pytest.raises(SystemExit):
+        S.main(S.parse_args(SCRIPT.argv(tiny, flags)))
+    assert seen == compiled
 
 
 def test_a_plain_resnet_is_timms(tiny, tmp_path):
