@@ -2069,7 +2069,6 @@ def greet(args, split, settings, run):
 def finish(args, data, split, s, model, teacher, run):
     """Weights, curves, pictures, predictions, and the summary. s: settings of the last stage."""
     run.log.bar.close()
-    from safetensors.torch import save_file  # timm depends on it
 
     decoder = isinstance(model, SegModel)
     about = dict(timm_model=None, classes=data.classes, arch=args.arch, dataset=args.dataset,
@@ -2077,7 +2076,7 @@ def finish(args, data, split, s, model, teacher, run):
                  decoder=decoder)
     metadata = {"model": json.dumps(about)}  # one key: several have no fixed order in the file
     tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
-    save_file(tensors, run.folder / "model.safetensors", metadata=metadata)
+    checkpoint.save_weights(run.folder / "model.safetensors", tensors, metadata)
     run.log.write(dict(results=run.results))
     panels = {"losses": ["loss", "loss_l", "loss_u", "loss_ncr"], "mIoU (%)": ["miou", "ema_miou"],
               "pseudo-labels": ["kept", "pseudo_acc", "kept_acc"], "learning rate": ["lr"]}

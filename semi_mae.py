@@ -36,19 +36,21 @@ parents use beside lambda = 10; D4 labelled images are unlabelled ones too; D9 p
 target. The rest, decided once:
   E1  An epoch of sup and semi is a pass over the labelled images. The warm-up epochs of Sec. 4.1
       train on labels alone, with the whole batch labelled (both: Semiformer's code).
-  E2  Positions are MAE's fixed sine-cosine table; weights start as MAE's, the head as well.
+  E2  Positions are MAE's fixed sine-cosine table; weights start as MAE's, the head as well. The
+      patch convolution's bias starts at 0 (MAE's keeps torch's draw).
   E3  The last LayerNorm serves the head and the decoder (MAE: one module); with --pool avg it comes
       before the mean, where MAE's fine-tuning has a new one after it.
   E4  The weak view passes without stochastic depth (Semiformer's code), the branch as well (MAE).
   E5  Where one cosine spans sup and semi (D6), AdamW's moments go on too: it is one run. With
       --stage semi --init RUN the cosine goes on as well, the moments start anew.
   E6  The decoder of stage semi starts anew, also after stage pretrain: its target differs (D9).
-      That of an --init FILE is taken where its size fits.
+      That of an --init FILE is taken where the first stage has one and its size fits (--stage
+      semi, --method mae).
   E7  Evaluated are the last raw weights, on the middle 224 pixels of 256 (Semiformer's code). An
       average (--ema-decay, D17) is only ever evaluated.
   E8  LoMaR: positions come from relative tables alone, in the classifier too, as in its own; the
       query is not scaled there (LoMaR's code; iRPE's code scales it).
-  E9  vit_digits is ours: width 64, depth 4, the head reads the mean of the patches.
+  E9  vit_digits is ours: width 64, depth 4; in its own rows the head reads the mean of the patches.
   E10 No clipping of gradients, no mixup, no CutMix (Semiformer's code has none).
   E11 The decoder is MAE's (512 wide, 8 deep), larger than ViT-S, though the paper calls it small.
 With --accum-steps A the sums are split into A parts and nothing else: LayerNorm has no statistics
@@ -85,7 +87,7 @@ from common import checkpoint, flags, log, report, weights
 from common.amp import Precision, pick_device
 from common.data import load_dataset
 from common.ema import Ema
-from common.pictures import BadImages
+from common.pictures import BadImages, find_pictures
 from common.splits import UserError
 from common.streams import Stream, eval_loader, seed_of, stream_loader
 
@@ -206,7 +208,7 @@ DEPARTURES = {  # where, setting, recommended, paper, code (None: silent, as rec
     "D4": (_SEMI, "unlabeled_pool", "all", "rest", "all",
            "Sec. 4.1: the rest; FixMatch authors and Semiformer code: all training images"),
     "D5": (dict(stage="sup", dataset="imagenet"), "epochs", 100, 100, 30,
-           "Sec. 4.1: 100, before the 600; Semiformer: 30, counted in its 600"),
+           "Sec. 4.1: 100, before the 600; Semiformer: 30 (of its 600; here before --epochs semi)"),
     "D6": (_TRAIN, "lr_span", "run", None, "run", "Semiformer code: one cosine over both"),
     "D7": (_BIG_SEMI, "lambda_u", 10.0, 10.0, 4.0, "Sec. 4.1: 10; Semiformer scripts: 4"),
     "D8": (_TRAIN, "label_smoothing", 0.0, 0.0, 0.1,
@@ -324,6 +326,8 @@ def parse_args(argv=None):
     flags.add_running(p, SCRIPT)
     args = p.parse_args(argv)
     flags.check(p, args)
+    if args.pretrain and args.stage in ("sup", "semi"):
+        p.error(f"--pretrain: --stage {args.stage} trains that stage alone; leave out one of them")
     args.dataset = args.dataset or ("folder" if args.data_path else "digits")
     args.arch = args.arch or ("vit_digits" if args.dataset == "digits" else "vit_small")
     return args
@@ -736,7 +740,8 @@ class SemiMAE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """MAE's: xavier-uniform, for the patch convolution as a matrix; here also for the head."""
+        """MAE's: xavier-uniform, for the patch convolution as a matrix; here also for the head, and
+        the convolution's bias is 0."""
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(m.weight.view(len(m.weight), -1))
@@ -875,6 +880,11 @@ def load_init(model: SemiMAE, path: str) -> str:
         if shapes[0] != shapes[1]:
             new = {k: v for k, v in new.items() if not k.startswith(part)}
             may_miss |= shapes[0].keys()
+    was = f"{state.get('stage')}.pool"  # stage pretrain has no head, and no pooling
+    pool = state.get("recipe", {}).get(was) if kind == "run" and "vit.head.weight" in new else None
+    if pool not in (None, model.s.pool) and model.vit.head.weight.requires_grad:
+        raise UserError(f"--init {path}: the head of that run reads --pool {pool}, here "
+                        f"{model.s.pool}; give --pool {pool}")
     pos = "vit.pos_embed"
     if pos in new and pos in own and new[pos].shape[1] != own[pos].shape[1]:
         new[pos] = resample_abs_pos_embed(new[pos], [model.grid] * 2, num_prefix_tokens=1,
@@ -1271,6 +1281,8 @@ def save(stage, step, seconds, model, average, optimizer, bad, run):
 def main(args):
     if args.dry_run:
         return print(dry_run(args))
+    if args.predict:
+        find_pictures(args.predict, "--predict")  # now, not after hours of training
     if args.eval:
         args = flags.stored_args(args, SCRIPT)
     run = start_processes(args)
@@ -1289,8 +1301,6 @@ def main(args):
         raise UserError("--stage semi: needs --init RUN, a run of stage sup, or pretrained weights")
     if args.predict and stages[-1] == "pretrain":
         raise UserError("--predict: stage pretrain trains no classifier; add a stage, or leave it")
-    if args.predict and not Path(args.predict).exists():
-        raise UserError(f"--predict {args.predict}: no such picture or folder")
     pool = settings[stages[-1]].unlabeled_pool
     split = flags.choose_split(args, data, pool, 1 if args.dataset == "digits" else 10)
     if "semi" in stages and not len(split.unlabeled):
@@ -1352,14 +1362,15 @@ def main(args):
             load_init(model, args.init)
         model.to(run.device)
         resume = state if state and state["stage"] == stage else None
-        moments = run_stage(stage, model, moments, data, split, settings[stage], args, run, resume)
+        last = run_stage(stage, model, moments, data, split, settings[stage], args, run, resume)
+        moments = last if stage == "sup" else {}  # E5: stage pretrain is a run of its own
         if stage == "pretrain" and run.rank == 0:
             publish(args, model, run)
-    if run.rank == 0:
-        finish(args, data, split, {x: settings[x] for x in stages}, model, run)
-    if run.world > 1:
+    if run.world > 1:  # before the pictures: waiting for them has a limit
         dist.barrier()
         dist.destroy_process_group()
+    if run.rank == 0:
+        finish(args, data, split, {x: settings[x] for x in stages}, model, run)
 
 
 def carry_weights(before: SemiMAE, model: SemiMAE):
@@ -1377,7 +1388,7 @@ def published_files(args, folder) -> tuple[Path, Path]:
 
 def publish(args, model, run):
     for full, file in enumerate(published_files(args, run.folder)):
-        torch.save(published_weights(model, bool(full)), file)
+        checkpoint.save_weights(file, published_weights(model, bool(full)))
         run.log.say(f"{file}: {'all of it' if full else 'the encoder, for --init'}")
 
 
@@ -1438,7 +1449,6 @@ def greet(args, split, settings, run):
 def finish(args, data, split, settings, model, run):
     """Weights, curves, views, predictions, and the summary. settings: {stage: those it had}."""
     run.log.bar.close()
-    from safetensors.torch import save_file  # timm depends on it
 
     last = list(settings)[-1]  # no loss of stage pretrain reached its head: it is not kept
     name, arguments = timm_arguments(model.s, 0 if last == "pretrain" else len(data.classes))
@@ -1448,7 +1458,7 @@ def finish(args, data, split, settings, model, run):
     metadata = {"model": json.dumps(about)}  # one key: several have no fixed order in the file
     tensors = {k: v.contiguous() for k, v in model.vit.state_dict().items()
                if last != "pretrain" or not k.startswith("head.")}
-    save_file(tensors, run.folder / "model.safetensors", metadata=metadata)
+    checkpoint.save_weights(run.folder / "model.safetensors", tensors, metadata)
     run.log.write(dict(results=run.results))
     panels = {"losses": ["loss_l", "loss_u", "loss_mae", "val_loss_mae"],
               "top-1 (%)": ["top1", "ema_top1"],

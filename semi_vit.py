@@ -428,8 +428,8 @@ def recipe(args):
             return (args.dataset, *special), RECIPES[(args.dataset, *special)]
 
 
-def derive(args, stage: str, world_size: int) -> SimpleNamespace:
-    """All settings of a stage, with `sources`, lr and one process's share. Raises UserError."""
+def settings_of(args, stage: str) -> SimpleNamespace:
+    """Default < recipe < method < --follow < flag, with `sources`."""
     _, row = recipe(args)
     layers = [("default [Sec. 2.1]", dict(unlabeled_pool="rest")), (row["source"], row[stage])]
     if stage == "semi":
@@ -441,6 +441,12 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
                       SEMI_ONLY if stage == "sup" else ())
     if args.unlabeled_pool:
         s.unlabeled_pool, s.sources["unlabeled_pool"] = args.unlabeled_pool, "--unlabeled-pool"
+    return s
+
+
+def derive(args, stage: str, world_size: int) -> SimpleNamespace:
+    """All settings of a stage, with `sources`, lr and one process's share. Raises UserError."""
+    s = settings_of(args, stage)
     for name, allowed in (("unlabeled_mix", ("none", "mixup", "mixup+", "prob")),
                           ("mix_lam", ("batch", "element")), ("schedule", ("fraction", "table")),
                           ("fixmatch_teacher", ("eval", "train"))):
@@ -454,6 +460,17 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: at least {least}")
     if s.tau > 1:
         raise UserError(f"--tau {s.tau:g}: from 0 to 1")
+    if args.arch.startswith("convnext"):
+        for name in ("heads", "pool", "pos_embed"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')}: {args.arch} has none; leave it out")
+        if s.layer_decay != 1 and stage in (args.layer_decay or {}):
+            raise UserError(f"--layer-decay {s.layer_decay:g}: its layers are those of a ViT; "
+                            f"{args.arch} takes 1")
+        if s.layer_decay != 1:
+            s.layer_decay, s.sources["layer_decay"] = 1.0, "ConvNeXt: all layers alike"
+    if args.init == "timm" and args.pos_embed == "sincos":
+        raise UserError("--pos-embed sincos: --init timm brings its own embedding; leave it out")
     per_256, absolute = (getattr(args, name) or {} for name in ("lr_per_256", "lr"))
     if stage in per_256 and stage not in absolute:
         s.lr = None  # the flag wins over an absolute rate of the row
@@ -615,9 +632,11 @@ def build_model(args, num_classes: int, drop_path: float = 0.0, pretrained=True)
     ConvNeXt-T 28,589,128, ConvNeXt-S 50,223,688; a fixed position embedding is not trained.
     """
     name, arguments = timm_arguments(args, num_classes)
+    # With 1000 classes timm loads strictly, and its files have no fc_norm: that starts at 1 and 0.
+    lenient = dict(pretrained_strict=False) if args.arch.startswith("vit") else {}
     try:
         model = timm.create_model(name, pretrained=pretrained and args.init == "timm",
-                                  drop_path_rate=drop_path, **arguments)
+                                  drop_path_rate=drop_path, **arguments, **lenient)
     except (OSError, RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--arch {args.arch}: timm cannot build it with these flags: "
@@ -681,6 +700,25 @@ def detect_format(state: dict) -> str | None:
     return "supervised_model" if "head.weight" in inner else "mae"
 
 
+def refuse_other_form(model: nn.Module, path: str, recipe: dict):
+    """A run of this script goes on only with the pooling, heads and positions that it had."""
+    was = SimpleNamespace(**recipe)
+    ours = {"pool", "heads", "pos_embed"} <= recipe.keys() and was.arch.startswith("vit")
+    if not ours or not hasattr(model, "blocks"):
+        return  # of another script, or of or for a ConvNeXt: the keys will not fit
+    with torch.device("meta"):
+        name, arguments = timm_arguments(was, 1)
+        theirs = timm.create_model(name, **arguments)
+    now = "learned" if model.pos_embed.requires_grad else "sincos"
+    for flag, had, has in (("pool", theirs.global_pool, model.global_pool),
+                           ("heads", theirs.blocks[0].attn.num_heads,
+                            model.blocks[0].attn.num_heads),
+                           ("pos-embed", position_embedding(was), now)):
+        if had != has:
+            raise UserError(f"--init {path}: that run has --{flag} {had}, this one {has}; "
+                            f"give --{flag} {had}")
+
+
 def load_init(model: nn.Module, path: str) -> tuple[str, dict | None]:
     """Load --init FILE; returns its format and, from a run of ours with an EMA, the teacher.
 
@@ -691,19 +729,21 @@ def load_init(model: nn.Module, path: str) -> tuple[str, dict | None]:
     state = weights.read_init(path)
     kind = detect_format(state)
     if kind is None:
-        known, first = ", ".join(FORMATS), ", ".join(str(k)[:40] for k in list(state)[:4])
-        raise UserError(f"--init {path}: not one of the formats {known}; "
-                        f"its first keys are {first}")
+        first = ", ".join(str(k)[:40] for k in list(state)[:4]) if isinstance(state, dict) else "-"
+        raise UserError(f"--init {path}: not one of the formats {', '.join(FORMATS)}; its first "
+                        f"keys are {first}")
     if kind == "run" and "vit.cls_token" in state["model"]:
         raise UserError(f"--init {path}: a run of semi_mae.py; give the file that it has written "
                         "for this, mae_pretrain_*.pth")
+    if kind == "run":
+        refuse_other_form(model, path, state["recipe"])
     own, new = model.state_dict(), weights.rename(state, *FORMATS[kind])
     if "dist_token" in (state.get("model") or state) and "pos_embed" in new:  # DeiT's second token
         new["pos_embed"] = torch.cat([new["pos_embed"][:, :1], new["pos_embed"][:, 2:]], 1)
     if "head.weight" in new and new["head.weight"].shape != own.get("head.weight", Tensor()).shape:
         new = {k: v for k, v in new.items() if not k.startswith("head.")}
     may_miss = {"head.weight", "head.bias"} - new.keys()
-    if "fc_norm.weight" in own and "fc_norm.weight" not in new:
+    if kind != "run" and "fc_norm.weight" in own and "fc_norm.weight" not in new:
         new = {k: v for k, v in new.items() if k not in ("norm.weight", "norm.bias")}
         may_miss |= {"fc_norm.weight", "fc_norm.bias"}
     if ("pos_embed" in new and "pos_embed" in own
@@ -1139,15 +1179,15 @@ def main(args):
     # What will be trained, on what
     stages = [x for x in STAGES
               if args.stage in ("all", x) and (x == "sup" or args.method != "sup")]
+    stages = [x for x in stages if settings_of(args, x).epochs]  # Table 6: --epochs sup=0
     settings = {x: derive(args, x, run.world) for x in stages}
-    stages = [x for x in stages if settings[x].epochs > 0]  # Table 6: --epochs sup=0
     if not stages:
         raise UserError(f"--stage {args.stage}, --method {args.method}, --epochs: no stage is left "
                         "to train; raise --epochs or choose another stage")
     if args.stage == "semi" and not args.init:
         raise UserError("--stage semi: needs --init RUN, a run of stage sup, or self-pretrained "
                         "weights")
-    pool = derive(args, "semi", run.world).unlabeled_pool
+    pool = settings_of(args, "semi").unlabeled_pool
     split = flags.choose_split(args, data, pool, 1 if args.dataset == "digits" else 10)
     if "semi" in stages and not len(split.unlabeled):
         raise UserError("--labels: no image is left unlabelled; lower it, or --unlabeled-pool all")
@@ -1209,11 +1249,11 @@ def main(args):
         teacher = run_stage(stage, model, warm_teacher, data, split, settings[stage], args, run,
                             resume)
         warm_teacher = None if teacher is None else teacher.module.state_dict()
-    if run.rank == 0:
-        finish(args, data, split, settings[stages[-1]], model, run)
-    if run.world > 1:
+    if run.world > 1:  # before the pictures: waiting for them has a limit
         dist.barrier()
         dist.destroy_process_group()
+    if run.rank == 0:
+        finish(args, data, split, settings[stages[-1]], model, run)
 
 
 def start_processes(args) -> SimpleNamespace:
@@ -1272,14 +1312,13 @@ def greet(args, split, settings, run):
 def finish(args, data, split, s, model, run):
     """Weights, curves, views, predictions, and the summary. s: settings of the last stage."""
     run.log.bar.close()
-    from safetensors.torch import save_file  # timm depends on it
 
     name, arguments = timm_arguments(args, len(data.classes))
     about = dict(timm_model=name, timm_arguments=arguments, classes=data.classes, arch=args.arch,
                  image_size=run.image_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
     metadata = {"model": json.dumps(about)}  # one key: several have no fixed order in the file
     tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
-    save_file(tensors, run.folder / "model.safetensors", metadata=metadata)
+    checkpoint.save_weights(run.folder / "model.safetensors", tensors, metadata)
     run.log.write(dict(results=run.results))
     panels = {"losses": ["loss", "loss_l", "loss_u"], "top-1 (%)": ["top1", "ema_top1"],
               "pseudo-labels": ["kept", "pseudo_acc", "kept_acc"], "learning rate": ["lr"]}
@@ -1330,7 +1369,7 @@ def load_final(folder: str) -> tuple[nn.Module, dict]:
 def evaluate_run(args, data, run):
     """--eval RUN: the final weights on the validation set, and --predict; nothing is trained."""
     model, about = load_final(args.eval)
-    model, s = model.to(run.device), derive(args, STAGES[0], 1)
+    model, s = model.to(run.device), settings_of(args, STAGES[0])
     run.image_size = about["image_size"]
     if data.classes != about["classes"]:
         raise UserError(f"--eval {args.eval}: --data-path holds other classes than the run; "
@@ -1371,6 +1410,16 @@ def draw_views(data, split, s, args, run, count=10):
 # The paper's rows: what --dry-run prints, and the first line of a run on digits
 
 
+def published(args, arch: str) -> bool:
+    """Whether --init is a file that others published for this very arch, by its name."""
+    file = Path(args.init or "")
+    if file.is_dir() or (file.parent / "log.jsonl").exists():  # of a run of ours
+        return False
+    size = {"vit_small": "small|^vit-s-", "vit_base": "base|^vit-b-", "vit_large": "large",
+            "vit_huge": "huge"}.get(arch)
+    return bool(size and re.search(size, file.name.lower())) and init_kind(args) != "run"
+
+
 def paper_args(args) -> SimpleNamespace:
     """The same flags on ImageNet, from the initial weights that the paper has for this arch."""
     arch = "vit_base" if args.arch in ("vit_digits", "vit_tiny") else args.arch
@@ -1379,12 +1428,12 @@ def paper_args(args) -> SimpleNamespace:
              "convnext_tiny": None, "convnext_small": None}
     init = inits.get(arch, f"mae_pretrain_{arch}.pth")
     if dataset != "imagenet":
-        init = "supervised.pth"
-    if args.init and not Path(args.init).is_dir():  # a run of ours has no row in the paper
+        init = f"{arch}_supervised.pth"
+    if published(args, arch):  # a run of ours has no row in the paper
         init = args.init
     labels = percent(args) if percent(args) in (1, 10, 100) else 10
     changed = dict(arch=arch, dataset=dataset, init=init, labels=labels, num_labels=None,
-                   labels_file=None, image_size=None, patch_size=None)
+                   labels_file=None, image_size=None, patch_size=None, holdout=0)
     return SimpleNamespace(**{**vars(args), **changed})
 
 
@@ -1392,6 +1441,8 @@ def paper_number(args) -> float | None:
     """The paper's own top-1 for exactly these flags; None where it has none, or training failed."""
     others = ("heads", "pool", "pos_embed", "patch_size", "image_size", "unlabeled_pool")
     if args.follow != "recommended" or any(getattr(args, n) is not None for n in others):
+        return None
+    if args.holdout or args.init and not published(args, args.arch):
         return None
     labels, kind = percent(args), init_kind(args)
     methods = {"sup": "sup", "fixmatch": "fixmatch", "ema_teacher": "none", "semi_vit": "prob"}
@@ -1402,7 +1453,7 @@ def paper_number(args) -> float | None:
     if mix and what == "fixmatch":  # FixMatch is decay 0, without mixing
         changed["ema_decay", "semi"] = 0.0
     what = mix or what
-    if args.stage == "semi" and args.init and not Path(args.init).is_dir():
+    if args.stage == "semi" and args.init:
         changed["epochs", "sup"] = 0  # stage 3 straight from self-pretrained weights
     if (args.dataset, args.arch, kind) == ("imagenet", "vit_base", "mae"):
         if not changed and ("tau", what, labels) in SWEEPS:  # Table 4 has the recipe's tau too
@@ -1443,7 +1494,7 @@ def dry_run(args) -> str:
         lines += [f"   {command_of(a)}"] if title != "this run" else []
         number = paper_number(a)
         lines += [f"   the paper's own result: {number} top-1"] if number is not None else []
-        if percent(a) == 100:
+        if title != "this run" and percent(a) == 100:
             lines.append("   100% of the labels: quoted by the paper, which gives no recipe for it")
             continue
         lines.append(f"   recipe {recipe(a)[0]}: {recipe(a)[1]['source']}")

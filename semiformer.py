@@ -1632,11 +1632,11 @@ def main(args):
         model = model.to(run.device, memory_format=run.layout)
         resume = state if state and state["stage"] == stage else None
         warm = run_stage(stage, model, warm, data, split, s, args, run, resume)
-    if run.rank == 0:
-        finish(args, data, split, settings[stages[-1]], model, run)
-    if run.world > 1:
+    if run.world > 1:  # before the pictures: waiting for them has a limit
         dist.barrier()
         dist.destroy_process_group()
+    if run.rank == 0:
+        finish(args, data, split, settings[stages[-1]], model, run)
 
 
 def start_processes(args) -> SimpleNamespace:
@@ -1699,8 +1699,6 @@ def greet(args, split, settings, run):
 
 def finish(args, data, split, s, model, run):
     """Weights, curves, pictures, predictions, and the summary. s: settings of the last stage."""
-    from safetensors.torch import save_file  # timm depends on it
-
     run.log.bar.close()
     about = dict(timm_model=None, arguments=model_arguments(args, len(data.classes)),
                  classes=data.classes, image_size=run.image_size, mean=IMAGENET_DEFAULT_MEAN,
@@ -1708,7 +1706,7 @@ def finish(args, data, split, s, model, run):
     metadata = {"model": json.dumps(about)}  # one key: several have no fixed order in the file
     tensors = {k: v.contiguous() for k, v in model.state_dict().items()
                if not k.startswith("decoder.")}  # it predicts nothing that anyone asks for
-    save_file(tensors, run.folder / "model.safetensors", metadata=metadata)
+    checkpoint.save_weights(run.folder / "model.safetensors", tensors, metadata)
     run.log.write(dict(results=run.results))
     panels = {"losses": ["loss", "loss_l", "loss_u", "loss_mae"],
               "top-1 (%)": ["top1", "top1_conv", "top1_trans", "top1_first", "top1_second",

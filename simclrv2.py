@@ -1603,11 +1603,11 @@ def main(args):
         run_stage(stage, model, teacher, data, split, s, args, run, resume)
         if stage in ("pretrain", "finetune"):
             run.carried[stage] = model.state_dict()
-    if run.rank == 0:
-        finish(args, data, split, {x: settings[x] for x in stages}, model, run)
-    if run.world > 1:
+    if run.world > 1:  # before the pictures: waiting for them has a limit
         dist.barrier()
         dist.destroy_process_group()
+    if run.rank == 0:
+        finish(args, data, split, {x: settings[x] for x in stages}, model, run)
 
 
 def take_pretrained(model: Net, carried: dict):
@@ -1688,7 +1688,6 @@ def greet(args, split, settings, run):
 def finish(args, data, split, settings, model, run):
     """Weights, curves, views, neighbours, predictions, and the summary."""
     run.log.bar.close()
-    from safetensors.torch import save_file  # timm depends on it
 
     s = list(settings.values())[-1]
     name = timm_name(args, model, s)
@@ -1702,7 +1701,7 @@ def finish(args, data, split, settings, model, run):
     if name:
         tensors = weights.rename(tensors, [], [(r"encoder\.(.*)", r"\1"),
                                                (r"classifier\.(.*)", r"fc.\1")])
-    save_file(tensors, run.folder / "model.safetensors", metadata=metadata)
+    checkpoint.save_weights(run.folder / "model.safetensors", tensors, metadata)
     run.log.write(dict(results=run.results))
     panels = {"losses": ["loss"], "top-1 (%)": ["top1"], "which view belongs": ["contrast_acc"],
               "distillation": ["agreement", "teacher_acc"], "learning rate": ["lr"]}

@@ -50,6 +50,28 @@ def save(folder: Path, state: dict):
         ) from None
 
 
+def save_weights(file: Path, content: dict, metadata: dict | None = None):
+    """A weights file, all of it or nothing: safetensors by its name, else by torch.save.
+
+    Raises UserError where it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file  # comes with timm
+
+    part = file.with_name(file.name + ".part")
+    try:
+        if file.suffix == ".safetensors":
+            save_file(content, part, metadata=metadata)
+        else:
+            torch.save(content, part)
+        os.replace(part, file)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk: each has its own class
+        part.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--output {file.parent}: {file.name} cannot be written ({reason}); "
+                        f"make room, then --resume {file.parent}") from None
+
+
 def load_newest(folder: Path, tidy: bool = True) -> dict:
     """The newest checkpoint that is whole; says so when that is not the newest. Raises UserError.
 

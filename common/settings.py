@@ -80,6 +80,8 @@ def resolve(settings: dict, stage: str, layers: list, departures: dict, facts: d
         value, top = getattr(s, name), 1 if name in SHARES else math.inf
         if isinstance(value, float) and not 0 <= value <= top or value == math.inf:
             raise UserError(f"{flag} {value:g}: from 0 to {top:g}")
+        if name == "beta2" and value >= 1:  # Adam divides by 1 - beta2^t
+            raise UserError(f"{flag} {value:g}: from 0 to below 1")
     return s
 
 

@@ -24,9 +24,15 @@ def read_init(path: str) -> dict:
 
 
 def rename(state: dict, enter: list[str], patterns: list[tuple[str, str | None]]) -> dict:
-    """Enter the keys in turn; rename by the first pattern that fits a whole key, None drops it."""
+    """Enter the keys in turn; rename by the first pattern that fits a whole key, None drops it.
+
+    Raises UserError where a key holds something else than weights by name.
+    """
     for key in enter:
         state = state[key]
+        if not isinstance(state, dict):
+            raise UserError(f"--init: {key!r} of the file holds no weights by name, but a "
+                            f"{type(state).__name__}")
     weights = {}
     for name, value in state.items():
         for pattern, replacement in patterns:

@@ -57,7 +57,8 @@ class Script:
     broken: tuple[str, int] = ("train/c3", 2)  # below {tiny}: seven pictures, so many are labelled
 
     def argv(self, tiny, more="", **stages) -> list[str]:
-        return f"{self.flags} {more}".format(tiny=tiny).split()
+        argv = f"{self.flags} {more}".format(tiny=tiny).split()  # a stage alone has none before it
+        return [x for x in argv if x != "--pretrain" or "--stage" not in argv]
 
     def module(self):
         return importlib.import_module(self.name)

@@ -307,6 +307,35 @@ def test_r15_a_full_disk_is_said_and_the_previous_checkpoint_intact(tmp_path, sh
     assert found["step"] == 1 and os.listdir(tmp_path / "run") == [checkpoint.NEWEST]
 
 
+def weights_into_a_limit(name):
+    """Child: the final weights where there is no room for them."""
+    Path("run").mkdir()
+    (Path("run") / name).write_bytes(b"before")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    try:
+        checkpoint.save_weights(Path("run") / name, {"weights": torch.zeros(2000)})
+    except UserError as error:
+        said = f"--output run: {name} cannot be written ("
+        raise SystemExit(
+            2 if str(error).startswith(said) and "--resume run" in str(error) else 3) from None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "mae_pretrain_vit_digits.pth"])
+def test_r15_final_weights_on_a_full_disk_are_one_line_and_no_half_file(tmp_path, name):
+    child = Child(weights_into_a_limit, name, cwd=tmp_path)
+    assert child.wait() == 2, child.err
+    assert (tmp_path / "run" / name).read_bytes() == b"before"
+    assert os.listdir(tmp_path / "run") == [name]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "mae_pretrain_vit_digits.pth"])
+def test_final_weights_are_read_again(tmp_path, name):
+    content = {"weights": torch.arange(5.0)}
+    checkpoint.save_weights(tmp_path / name, content)
+    assert torch.equal(checkpoint.read(tmp_path / name)["weights"], content["weights"])
+    assert os.listdir(tmp_path) == [name]
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_r15_a_read_only_folder_is_said(tmp_path, monkeypatch, first):
     if not first:

@@ -633,6 +633,21 @@ def test_loading_refuses_what_does_not_fit(tmp_path):
     assert equal_state(bigger.decoder.state_dict(), before)
 
 
+def test_the_head_of_a_run_keeps_its_pooling(tmp_path):
+    """Stage pretrain has none, other classes have a new head: both take any."""
+    file = tmp_path / "w.pth"
+    state = dict(model=tiny(pool="avg")[0].state_dict(), stage="semi",
+                 recipe={"sup.pool": "token", "semi.pool": "avg"})
+    torch.save(state, file)
+    assert M.load_init(tiny(pool="avg")[0], str(file)) == "run"
+    with pytest.raises(UserError, match="reads --pool avg, here token; give --pool avg"):
+        M.load_init(tiny(pool="token")[0], str(file))
+    M.load_init(M.build_model(parse(), settings(pool="token"), 7, "semi"), str(file))
+    M.load_init(tiny(stage="pretrain", pool="token")[0], str(file))
+    torch.save(state | dict(stage="pretrain"), file)
+    assert M.load_init(tiny(pool="token")[0], str(file)) == "run"
+
+
 def test_positions_of_another_grid_are_resized(tmp_path):
     torch.save(M.published_weights(tiny()[0], False), tmp_path / "w.pth")
     torch.manual_seed(3)
@@ -750,10 +765,35 @@ def test_stages_of_a_method():
         "": ["sup", "semi"], "--method fixmatch": ["sup", "semi"], "--method sup": ["sup"],
         "--method mae": ["pretrain"], "--stage pretrain": ["pretrain"], "--stage semi": ["semi"],
         "--pretrain": ["pretrain", "sup", "semi"], "--pretrain --method sup": ["pretrain", "sup"],
-        "--pretrain --stage sup": ["sup"], "--method sup --stage semi": [],
+        "--method sup --stage semi": [],
         "--method mae --stage sup": [], "--epochs 3": ["sup", "semi"],
     }.items():
         assert M.stages_of(parse(flags)) == stages, flags
+
+
+@pytest.mark.parametrize("stage", ["sup", "semi"])
+def test_pretraining_beside_another_stage_alone_is_refused(stage, capsys):
+    with pytest.raises(SystemExit):
+        parse(f"--pretrain --stage {stage}")
+    assert f"--pretrain: --stage {stage} trains that stage alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("epochs", ["sup=0", "sup=1"])
+def test_moments_go_on_from_stage_sup_alone(epochs, tmp_path, monkeypatch):  # E5
+    got = {}
+
+    def run_stage(stage, model, moments, *_):
+        got[stage] = moments
+        return {"of": stage}
+
+    monkeypatch.setattr(M, "run_stage", run_stage)
+    monkeypatch.setattr(M.checkpoint, "StopSignal", lambda: None)
+    for name in ("publish", "finish"):
+        monkeypatch.setattr(M, name, lambda *_: None)
+    flags = f"--pretrain --epochs pretrain=1,semi=1,{epochs} --lr-span run --output {tmp_path}/run"
+    M.main.__wrapped__(parse(flags))
+    assert got.pop("pretrain") == {} and got["semi"] == ({"of": "sup"} if "sup" in got else {})
+    assert got.get("sup", {}) == {} and ("sup" in got) == (epochs == "sup=1")
 
 
 def test_one_cosine_spans_both_stages():  # D6
@@ -1335,8 +1375,8 @@ def test_eval_on_other_classes_is_refused(straight, tiny, tmp_path):  # noqa: F8
 
 def test_a_prediction_of_nothing_is_refused_before_training(tiny, tmp_path):  # noqa: F811
     child = ends("semi_mae", f"{RUN} --predict nowhere".format(tiny=tiny).split(), tmp_path, 2)
-    assert child.err == "error: --predict nowhere: no such picture or folder\n"
-    assert not (tmp_path / "runs").exists()
+    assert child.err.startswith("error: --predict nowhere: no picture there")
+    assert child.err.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
 def test_a_warm_up_longer_than_the_cosine_is_said(tiny, tmp_path):  # noqa: F811
@@ -1431,7 +1471,7 @@ def test_epochs_count_passes_over_the_labelled_images(straight):  # E1, [14]
 def test_a_run_from_a_run_keeps_head_and_leaves_the_decoder(straight, tmp_path):
     folder = straight(SCRIPT)
     state = checkpoint.load_newest(folder)["model"]
-    m, _ = tiny(5, stage="sup")
+    m, _ = tiny(5, stage="sup", pool="token")
     assert M.load_init(m, str(folder)) == "run" and torch.equal(
         m.vit.head.weight, state["vit.head.weight"]
     )

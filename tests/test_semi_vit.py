@@ -1372,7 +1372,7 @@ def test_a_wrong_follow_is_refused(text):
 def test_contradictory_settings_are_refused():
     for text, flag in (
         ("--unlabeled-mix all", "--unlabeled-mix"), ("--mix-lam x", "--mix-lam"),
-        ("--tau 1.5", "--tau 1.5: from 0 to 1"),
+        ("--tau 1.5", "--tau 1.5: from 0 to 1"), ("--beta2 1", "--beta2 1: from 0 to below 1"),
         ("--dataset imagenet --batch-size 6 --accum-steps 4", "--accum-steps"),
         ("--dataset imagenet --batch-size 12 --accum-steps 4", "--mix-labeled")
     ):
@@ -1512,7 +1512,7 @@ RUNS = {  # flags -> parameters, updates per epoch and learning rate in stage su
     MAE.format(arch="vit_base", labels=10): ("86,567,656", (250, 0.0005), (1801, 0.0005), 79.7),
     MAE.format(arch="vit_base", labels=1): ("86,567,656", (25, 0.0001), (1981, 0.0005), 71.0),
     MAE.format(arch="vit_large", labels=10): ("304,326,632", (250, 0.002), (1801, 0.001), 83.3),
-    "--dataset imagenet --arch vit_small --init dino.pth": (
+    "--dataset imagenet --arch vit_small --init dino_deitsmall16_pretrain.pth": (
         "22,050,664", (250, 0.0002), (1801, 0.0001), 77.1
     ),
     "--dataset imagenet --arch vit_base": ("86,567,656", (125, 0.0004), (1801, 0.0005), 73.5),
@@ -1545,7 +1545,9 @@ def test_dry_run_shows_parameters_updates_rates_and_the_papers_number(flags):
 
 def test_dry_run_of_100_percent_quotes_the_paper_without_a_recipe():
     text = S.dry_run(parse(MAE.format(arch="vit_large", labels=100)))
-    assert "86.0 top-1" in text and "no recipe" in text and "layer_decay" not in text
+    this_run, paper = text.split("== the paper's row")
+    assert "86.0 top-1" in paper and "no recipe" in paper and "layer_decay" not in paper
+    assert "no recipe" not in this_run and "layer_decay" in this_run  # what it would train with
 
 
 def test_dry_run_on_digits_shows_the_papers_row_too():
@@ -1588,6 +1590,79 @@ def test_the_printed_imagenet_command_gives_the_number_beside_it():
         paper = S.paper_args(parse(f"--arch vit_base --labels 10 {flags}"))
         again = parse(S.command_of(paper).removeprefix("python semi_vit.py "))
         assert S.paper_number(again) == S.paper_number(paper), flags
+
+
+@pytest.mark.parametrize(
+    "init, printed",
+    [
+        ("mae_pretrain_vit_base.pth", "mae_pretrain_vit_base.pth"),
+        ("weights/dino_vitbase16_pretrain.pth", "weights/dino_vitbase16_pretrain.pth"),
+        ("vit-b-300ep.pth.tar", "vit-b-300ep.pth.tar"),
+        ("mae_pretrain_vit_digits.pth", "mae_pretrain_vit_base.pth"),
+        ("mae_pretrain_vit_large.pth", "mae_pretrain_vit_base.pth"),
+        ("timm", "mae_pretrain_vit_base.pth"), ("{run}", "mae_pretrain_vit_base.pth"),
+        ("{run}/checkpoint.pt", "mae_pretrain_vit_base.pth"),
+        ("{run}/mae_pretrain_vit_base.pth", "mae_pretrain_vit_base.pth")
+    ],
+)
+def test_the_papers_row_starts_from_a_published_file_of_its_own_size(init, printed, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"script": "semi_mae"}\n')  # a run of ours
+    args = parse(f"--dataset imagenet --arch vit_base --init {init.format(run=tmp_path)}")
+    assert S.paper_args(args).init == printed
+    number = None if init != printed else 80.2 if "dino" in init else 79.2 if "ep" in init else 79.7
+    assert S.paper_number(args) == number
+    args.holdout = 1000
+    assert S.paper_number(args) is None and S.paper_number(S.paper_args(args)) is not None
+
+
+@pytest.mark.parametrize("dataset, number", [("food101", 91.3), ("inat2019", 67.7)])
+def test_the_printed_command_for_other_data_gives_its_number(dataset, number):
+    paper = S.paper_args(parse(f"--dataset {dataset} --arch vit_base"))
+    assert S.paper_number(paper) == number
+    assert S.paper_number(parse(S.command_of(paper).removeprefix("python semi_vit.py "))) == number
+
+
+@pytest.mark.parametrize("flag", ["--heads 4", "--pool avg", "--pos-embed learned",
+                                  "--layer-decay 0.75"])
+def test_flags_of_a_vit_are_refused_for_a_convnext(flag):
+    with pytest.raises(UserError, match=flag.split()[0]):
+        S.derive(parse(f"--dataset imagenet --arch convnext_tiny {flag}"), "sup", 1)
+
+
+def test_a_rows_layer_decay_is_1_for_a_convnext():
+    for flags in ("--dataset folder", "--dataset folder --layer-decay 1"):
+        assert S.derive(parse(f"{flags} --arch convnext_tiny"), "sup", 1).layer_decay == 1
+    assert S.derive(parse("--dataset folder --arch vit_base"), "sup", 1).layer_decay == 0.65
+
+
+def test_weights_of_timm_keep_their_position_embedding():
+    with pytest.raises(UserError, match="--pos-embed sincos: --init timm"):
+        S.derive(parse("--init timm --pos-embed sincos"), "sup", 1)
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_weights_of_timm_have_no_fc_norm(classes, tmp_path, monkeypatch):
+    """With its own 1000 classes timm would load strictly."""
+    create, file = S.timm.create_model, tmp_path / "timm.pth"
+    theirs = create("vit_tiny_patch16_224").state_dict()
+    torch.save(theirs, file)
+    local = dict(pretrained_cfg_overlay=dict(file=str(file)))  # in the place of a download
+    monkeypatch.setattr(S.timm, "create_model", lambda *a, **k: create(*a, **k, **local))
+    args = parse("--dataset imagenet --arch vit_tiny --init timm")
+    own = S.build_model(args, classes).state_dict()
+    body = {k for k in theirs if not k.startswith(("head.", "norm."))}
+    assert all(torch.equal(own[k], theirs[k]) for k in body) and own["head.bias"].eq(0).all()
+    assert own.keys() - body == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
+    assert own["fc_norm.weight"].eq(1).all() and own["fc_norm.bias"].eq(0).all()
+    assert S.timm_arguments(args, classes)[1].keys() == {"num_classes", "img_size", "global_pool"}
+
+
+def test_a_stage_that_is_not_trained_refuses_nothing():
+    flags = "--dataset folder --batch-size 33 --stage sup --mix-labeled sup=0"
+    with pytest.raises(UserError, match="--batch-size 33"):
+        S.derive(parse(flags), "semi", 1)
+    assert S.settings_of(parse(flags), "semi").unlabeled_pool == "rest"
+    assert S.settings_of(parse(flags), "sup").crop_min == S.derive(parse(flags), "sup", 1).crop_min
 
 
 def test_pictures_to_predict_are_looked_for_before_training(tmp_path, monkeypatch):

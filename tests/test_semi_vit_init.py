@@ -270,6 +270,25 @@ def test_a_run_from_scratch_keeps_its_fixed_position_embedding(run_from_scratch)
     assert torch.equal(model.pos_embed, S.sincos_pos_embed(192, 4))
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--pool token", "--pool avg, this one token; give --pool avg"),
+        ("--heads 2", "--heads 3, this one 2"), ("--heads 3 --pool avg", ""),
+        ("--pos-embed learned", "--pos-embed sincos, this one learned")
+    ],
+)
+def test_a_run_goes_on_with_its_own_pooling_heads_and_positions(run_from_scratch, flags, said):
+    argv = f"--arch vit_tiny --init {run_from_scratch} --stage semi {flags}"
+    args = S.parse_args(argv.split())
+    model = S.build_model(args, K)
+    if not said:
+        assert S.load_init(model, args.init)[0] == "run"
+        return
+    with pytest.raises(UserError, match=said):
+        S.load_init(model, args.init)
+
+
 def write_run(folder, init, dataset="imagenet", arch="vit_base"):
     """Log and checkpoint of a run, as far as --init reads them."""
     folder.mkdir()
@@ -371,11 +390,19 @@ def test_a_key_that_no_one_knows_is_an_error(load):
     [
         {"weights": torch.zeros(3)}, {"state_dict": {"encoder.weight": torch.zeros(3)}},
         {"model": torch.zeros(3)}, {"model": {"encoder.weight": torch.zeros(3)}}, {},
-        torch.zeros(3), [1, 2]
+        torch.zeros(3), torch.tensor(3.0), 7, [1, 2]
     ],
 )
 def test_a_file_of_no_known_format_is_refused(load, state):
     with pytest.raises(UserError, match="--init .*mae_pretrain.pth.*not one of the formats mae, "):
+        load(state)
+
+
+@pytest.mark.parametrize("key", ["teacher", "student"])
+def test_a_key_without_weights_is_refused_in_one_line(load, key):
+    state = {"teacher": backbone(), "student": backbone()} | {key: torch.zeros(3)}
+    said = "'teacher' .* no weights by name" if key == "teacher" else "missing"
+    with pytest.raises(UserError, match=said):
         load(state)
 
 
