@@ -1983,11 +1983,11 @@ def main(args):
         resume = state if state and state["stage"] == stage else None
         teacher = run_stage(stage, model, data, digits, split, settings[stage], args, run, resume)
         before = model
-    if run.rank == 0:
-        finish(args, data, split, settings[stages[-1]], model, teacher, run)
-    if run.world > 1:
+    if run.world > 1:  # before the pictures: waiting for them has a limit
         dist.barrier()
         dist.destroy_process_group()
+    if run.rank == 0:
+        finish(args, data, split, settings[stages[-1]], model, teacher, run)
 
 
 def stage_model(args, stage, s, num_classes, before, run) -> nn.Module:

@@ -1115,8 +1115,9 @@ def load_init(model: nn.Module, path: str) -> tuple[str, dict | None]:
     inner = state.get("model") if isinstance(state, dict) else None
     if not isinstance(inner, dict) or not any(
             "recipe" in state or re.search(r"(trans_1|conv_1|conv_cls_head)\.", k) for k in inner):
+        first = ", ".join(str(k)[:40] for k in list(state)[:4]) if isinstance(state, dict) else "-"
         raise UserError(f"--init {path}: not one of the formats {', '.join(FORMATS)}; its first "
-                        f"keys are {', '.join(str(k)[:40] for k in list(state)[:4])}")
+                        f"keys are {first}")
     kind = "run" if "recipe" in state else "semiformer"
     own, new = model.state_dict(), weights.rename(state, *FORMATS[kind])
     heads = [k for k in own if re.search(r"(_cls_head|^fc)\.", k)]

@@ -56,7 +56,7 @@ def add_running(parser, script: str):
     add("--seed", type=int, default=0, help="of weights, order, views and mixing [README]")
     add("--deterministic", action="store_true", help="deterministic kernels on a GPU too [README]")
     add("--max-bad-images", type=int, default=0, metavar="N",
-        help="let N unreadable pictures pass [README]")
+        help="let N unreadable pictures pass, in each process [README]")
     add = parser.add_argument_group("a run and its life").add_argument
     add("--output", metavar="DIR",
         help=f"new folder; default the next free runs/{script}-NNN [README]")
@@ -69,7 +69,8 @@ def add_running(parser, script: str):
     add("--evals", type=int, default=10, metavar="N",
         help="evaluations per stage, the last at its end [README]")
     add("--stop-after", type=int, metavar="N",
-        help="save and end after update N of a stage, as a signal would [README]")
+        help="save and end after update N of a stage, as a signal would; the last update of a "
+        "stage does not end the run [README]")
     add("--eval", metavar="RUN", help="train nothing: evaluate a run's final weights [README]")
     add("--predict", metavar="PATH",
         help="picture or folder to predict at the end, or with --eval RUN at once [README]")
