@@ -250,7 +250,7 @@ ROWS |= {f"semiformer/cifar10_1/{name}": (
     "Semiformer on CIFAR-10, 1% of the labels, minutes on a CPU", what, f"{_FORMER} {flags}", 3,
     *stages) for name, (what, flags, *stages) in {
         "sup": ("supervised stage", "", ["sup"]),
-        "sup_long": (_LONG, "--method sup --epochs 236"),
+        "sup_long": (_LONG, "--method sup --epochs 180"),
         "semiformer": ("Semiformer", "")}.items()}
 _SMALL = f"{_NETTE} --image-size 64 --patch-size 8"
 ROWS |= _mae("imagenette", _SMALL)
