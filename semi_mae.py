@@ -880,8 +880,8 @@ def load_init(model: SemiMAE, path: str) -> str:
         if shapes[0] != shapes[1]:
             new = {k: v for k, v in new.items() if not k.startswith(part)}
             may_miss |= shapes[0].keys()
-    was = f"{state.get('stage')}.pool"  # stage pretrain has no head, and no pooling
-    pool = state.get("recipe", {}).get(was) if kind == "run" and "vit.head.weight" in new else None
+    has_head = kind == "run" and state.get("stage") != "pretrain" and "vit.head.weight" in new
+    pool = state["recipe"].get(f"{state.get('stage')}.pool") if has_head else None
     if pool not in (None, model.s.pool) and model.vit.head.weight.requires_grad:
         raise UserError(f"--init {path}: the head of that run reads --pool {pool}, here "
                         f"{model.s.pool}; give --pool {pool}")
