@@ -66,7 +66,7 @@ import random
 import re
 import sys
 import time
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,8 +88,7 @@ from common.amp import Precision, pick_device
 from common.data import load_dataset
 from common.ema import Ema
 from common.pictures import BadImage, BadImages, find_pictures, open_image
-from common.split_lists import KNOWN, fingerprint
-from common.split_lists import parse as read_list
+from common.split_lists import list_name
 from common.splits import UserError
 from common.streams import Stream, eval_loader, seed_of, stream_loader
 
@@ -401,15 +400,6 @@ def percent(args):
     if args.num_labels or args.labels_file:
         return PUBLISHED.get(list_name(args.labels_file[0])) if args.labels_file else None
     return args.labels or default_percent(args)
-
-
-@cache
-def list_name(file: str) -> str | None:
-    """The name of a published list, known by its hash, whatever the file is called."""
-    try:
-        return KNOWN.get(fingerprint(str(image) for _, _, image, _ in read_list(file)))
-    except UserError:  # reading the split will say what is wrong with it
-        return None
 
 
 def recipe_name(args) -> str:

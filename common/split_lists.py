@@ -127,6 +127,15 @@ def _finder(ids):
     return find
 
 
+@functools.cache
+def list_name(file: str) -> str | None:
+    """The name of a published list, known by its hash, whatever the file is called."""
+    try:
+        return KNOWN.get(fingerprint(str(image) for _, _, image, _ in parse(file)))
+    except UserError:  # reading the split will say what is wrong with it
+        return None
+
+
 def _read_lists(files, is_id, place):
     """[{image: line number}] of one or two lists; place(file, *parsed line) names an image.
 

@@ -18,6 +18,7 @@ from torch import nn
 from torchvision import transforms as T
 
 import semiformer as S
+from common import split_lists
 from common.amp import Precision
 from common.splits import UserError
 
@@ -751,9 +752,9 @@ def test_a_group_that_does_not_divide_the_batch_says_so():
 def test_the_papers_number_stands_beside_its_own_list_alone(tmp_path, monkeypatch, no_costs):
     (tmp_path / "L").write_text("n01440764_1.JPEG,0,0\nn01440764_2.JPEG,0,1\n")
     monkeypatch.chdir(tmp_path)
-    key = S.fingerprint(["n01440764_1", "n01440764_2"])
+    key = split_lists.fingerprint(["n01440764_1", "n01440764_2"])
     known = {percent: name for name, percent in S.PUBLISHED.items()}
-    assert set(known.values()) <= set(S.KNOWN.values())
+    assert set(known.values()) <= set(split_lists.KNOWN.values())
     for listed, flags, row, number in (  # the percentage of the list; those of the recipe
             (None, "", ("R1", 10), None), (None, "--mae-weight 5", ("R1", 10), None),
             (None, "--recipe R4", ("R4", 20), None), (None, "--recipe R3", ("R3", 5), None),
@@ -763,7 +764,7 @@ def test_the_papers_number_stands_beside_its_own_list_alone(tmp_path, monkeypatc
             (10, "--mae-weight 5", ("R1", 10),
              "76.4 top-1 (Semi-MAE's, E10), with the published list"),
             (5, "", ("R3", 5), "66.3 top-1, with the published list")):
-        monkeypatch.setitem(S.KNOWN, key, known.get(listed))
+        monkeypatch.setitem(split_lists.KNOWN, key, known.get(listed))
         S.list_name.cache_clear()
         args = imagenet(f"--labels-file L {flags}")
         assert S.percent(args) == listed and S.recipe(args)[0][2:] == row
@@ -772,7 +773,7 @@ def test_the_papers_number_stands_beside_its_own_list_alone(tmp_path, monkeypatc
         assert S.recipe(paper)[0][2:] == (("R6", 5) if "places" in flags else row)
     text = S.dry_run(args).split("== the paper's row")  # the published 5%
     assert all("66.3 top-1" in x and "400 updates per epoch" in x for x in text)
-    monkeypatch.setitem(S.KNOWN, key, None)
+    monkeypatch.setitem(split_lists.KNOWN, key, None)
     S.list_name.cache_clear()
     assert "updates per epoch" not in S.dry_run(args).split("== the paper's row")[0]
     S.list_name.cache_clear()

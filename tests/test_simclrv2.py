@@ -21,7 +21,7 @@ from torchvision.models import resnet50
 from torchvision.transforms import functional as TF
 
 import simclrv2 as S
-from common import checkpoint
+from common import checkpoint, split_lists
 from common.amp import Precision
 from common.splits import UserError
 
@@ -306,10 +306,10 @@ def test_a_published_list_has_the_recipe_and_numbers_of_its_percentage(tmp_path,
     flags = "--dataset imagenet --arch resnet50 --labels-file mine.txt"
     assert S.percent(parse(flags)) is None and S.paper_numbers(parse(flags)) == {}
     assert S.percent(parse(flags.replace("mine", "absent"))) is None
-    key = S.fingerprint(["n01440764_1", "n01440764_2"])
+    key = split_lists.fingerprint(["n01440764_1", "n01440764_2"])
     for name, labels in S.PUBLISHED.items():
-        assert name in S.KNOWN.values()
-        monkeypatch.setitem(S.KNOWN, key, name)
+        assert name in split_lists.KNOWN.values()
+        monkeypatch.setitem(split_lists.KNOWN, key, name)
         S.list_name.cache_clear()
         args, same = parse(flags), parse(f"--dataset imagenet --arch resnet50 --labels {labels}")
         assert S.recipe(args) == S.recipe(same)
