@@ -91,11 +91,13 @@ METHODS = {  # what each changes in stage semi                                  
 }
 ARCHS = {  # name: timm's model, arguments that differ from it, pooling         [App. A; Sec. 4.2]
     "vit_digits": ("vit_tiny_patch16_224", dict(embed_dim=64, depth=4, num_heads=4), "avg"),
+    "vit_mini": ("vit_tiny_patch16_224", dict(depth=6), "avg"),
     "vit_tiny": ("vit_tiny_patch16_224", {}, "avg"),
     "vit_small": ("vit_small_patch16_224", {}, "avg"),
     "vit_base": ("vit_base_patch16_224", {}, "avg"),
     "vit_large": ("vit_large_patch16_224", {}, "avg"),
     "vit_huge": ("vit_huge_patch14_224", {}, "token"),  # the class token for Huge only
+    "convnext_atto": ("convnext_atto", {}, "avg"),
     "convnext_tiny": ("convnext_tiny", {}, "avg"),
     "convnext_small": ("convnext_small", {}, "avg"),
 }
