@@ -97,7 +97,6 @@ ARCHS = {  # name: timm's model, arguments that differ from it, pooling         
     "vit_base": ("vit_base_patch16_224", {}, "avg"),
     "vit_large": ("vit_large_patch16_224", {}, "avg"),
     "vit_huge": ("vit_huge_patch14_224", {}, "token"),  # the class token for Huge only
-    "convnext_atto": ("convnext_atto", {}, "avg"),
     "convnext_tiny": ("convnext_tiny", {}, "avg"),
     "convnext_small": ("convnext_small", {}, "avg"),
 }
