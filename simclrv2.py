@@ -249,6 +249,11 @@ _CIFAR_SMALL = dict(  # an hour of one core; found on 5,000 held-out pictures, s
     distill=dict(lr_base=0.1, batch_size=128, epochs=3, warmup_epochs=0.2, crop_min=0.5,
                  augment="strong", kd_temperature=1.0, student_init="pretrained"),
     source="measured here")
+_CIFAR_SMALL_10 = dict(  # with ten times the labels
+    _CIFAR_SMALL,
+    sup=dict(_CIFAR_SMALL["sup"], epochs=40),
+    linear=dict(_CIFAR_SMALL["linear"], epochs=20),
+    finetune=dict(_CIFAR_SMALL["finetune"], batch_size=50, epochs=30))
 _NETTE_SMALL = dict(  # for 48 pixels; found on 1,500 held-out pictures, see docs/results.md
     pretrain=dict(_CIFAR_SMALL["pretrain"], epochs=60, warmup_epochs=3),
     sup=dict(_CIFAR_SMALL["sup"], lr_base=0.32, epochs=100),
@@ -270,6 +275,7 @@ RECIPES = {  # (data set, row, init, labels %): {stage: settings that differ fro
        for row in TABLE_1 for labels in (1, 10, 100)},
     ("imagenet", None, None, None): dict(source="no row of the paper"),
     ("cifar10", "resnet_digits_2x", None, 1): _CIFAR_SMALL,
+    ("cifar10", "resnet_digits_2x", None, 10): _CIFAR_SMALL_10,
     ("cifar10", "resnet_digits", None, 1): dict(
         _CIFAR_SMALL, source="as for twice the width; not tuned"),
     ("cifar10", None, None, None): _CIFAR,

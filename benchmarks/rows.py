@@ -174,10 +174,13 @@ _NETTE = "--dataset imagenette --data-path $SSL_DATA/imagenette"
 _LONG = "supervised, as many updates as both stages"
 
 
-def _simclr(name, title, flags, long):
-    """SimCLRv2's rows: all seeds after one pretraining; long: epochs of sup_long."""
+def _simclr(name, title, flags, long, pretrain=None):
+    """SimCLRv2's rows: all seeds after one pretraining; long: epochs of sup_long.
+
+    pretrain: the row whose pretraining is used; its own where None.
+    """
     command = f"simclrv2.py {flags} --dtype bf16"
-    pretrain = f"simclrv2/{name}/pretrain"
+    own, pretrain = not pretrain, pretrain or f"simclrv2/{name}/pretrain"
     after = [pretrain, f"{command} --init {{pretrain}} --evals 2"]
     rows = {
         "pretrain": (None, "contrastive pretraining on all pictures", f"{command} --stage pretrain",
@@ -189,7 +192,8 @@ def _simclr(name, title, flags, long):
                    [after[0], f"{after[1]} --method linear"], 3),
         "finetune": (title, "pretrained, fine-tuned", after, 3, ["finetune"]),
         "distill": (title, "pretrained, fine-tuned, distilled", after, 3, ["finetune", "distill"])}
-    return {f"simclrv2/{name}/{row}": about for row, about in rows.items()}
+    return {f"simclrv2/{name}/{row}": about for row, about in rows.items()
+            if own or row != "pretrain"}
 
 
 def _mae(name, data, arch="vit_digits"):
@@ -210,6 +214,9 @@ def _after_mae(script, name, title, data, rows, labels=10, arch="vit_digits"):
 
 ROWS |= _simclr("cifar10_1", "SimCLRv2 on CIFAR-10, 1% of the labels, an hour of a CPU",
                 f"{_C10} --arch resnet_digits --width 2 --labels 1", 318)
+ROWS |= _simclr("cifar10", "SimCLRv2 on CIFAR-10, 10% of the labels, an hour of a CPU",
+                f"{_C10} --arch resnet_digits --width 2 --labels 10", 42,
+                "simclrv2/cifar10_1/pretrain")
 ROWS |= _mae("cifar10", _C10) | _mae("cifar10_mini", _C10, "vit_mini")
 _TITLE = "Semi-ViT on CIFAR-10, 10% of the labels, minutes on a CPU"
 _SCRATCH = f"semi_vit.py {_C10} --arch vit_digits --labels 10 --evals 2"
@@ -219,7 +226,10 @@ ROWS |= _after_mae("semi_vit", "cifar10", _TITLE, _C10, {
     "mae_sup": ("after MAE: supervised stage", "", 3, ["sup"]),
     "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 34", 3),
     "mae_prob": ("after MAE: Semi-ViT", "", 3),
-    "mae_fixmatch": ("after MAE: FixMatch (m = 0, no mixing)", "--method fixmatch", 1)})
+    "mae_fixmatch": ("after MAE: FixMatch (m = 0, no mixing)", "--method fixmatch", 3),
+    **{f"mae_{mix}": (f"after MAE: EMA-Teacher, {what}", f"--unlabeled-mix {mix}", 1)
+       for mix, what in {"none": "no mixing", "mixup": "Pseudo Mixup",
+                         "mixup+": "Pseudo Mixup+"}.items()}})
 ROWS |= _after_mae(
     "semi_vit", "cifar10_1", "Semi-ViT on CIFAR-10, 1% of the labels, minutes on a CPU", _C10, {
         "mae_sup": ("after MAE: supervised stage", "", 3, ["sup"]),
@@ -229,7 +239,7 @@ ROWS |= _after_mae(
     "semi_mae", "cifar10", "Semi-MAE on CIFAR-10, 10% of the labels, after MAE, minutes on a CPU",
     _C10, {"sup": ("supervised stage", "", 3, ["sup"]),
            "sup_long": (_LONG, "--method sup --epochs 32", 3),
-           "fixmatch": ("FixMatch (no branch)", "--method fixmatch", 1),
+           "fixmatch": ("FixMatch (no branch)", "--method fixmatch", 3),
            "semi_mae": ("Semi-MAE", "", 3)})
 ROWS |= _after_mae(
     "semi_mae", "cifar10_1", "Semi-MAE on CIFAR-10, 1% of the labels, after MAE, minutes on a CPU",
@@ -244,7 +254,9 @@ ROWS |= {f"semiformer/cifar10/{name}": (
         "sup": ("supervised stage", "vit_conv_digits", 3, ["sup"]),
         "sup_long": (_LONG, "vit_conv_digits --method sup --epochs 38", 3),
         "semiformer": ("Semiformer", "vit_conv_digits", 3),
-        "vanilla": ("FixMatch on the CNN stream", "conv_digits", 1)}.items()}
+        "vanilla": ("FixMatch on the CNN stream", "conv_digits", 3),
+        "conv_labeled": ("both streams, labels from the CNN, no exchange (Conv-labeled)",
+                         "vit_conv_digits --method conv_labeled", 1)}.items()}
 _FORMER = f"semiformer.py {_C10} --labels 1 --dtype bf16 --evals 2 --arch vit_conv_digits"
 ROWS |= {f"semiformer/cifar10_1/{name}": (
     "Semiformer on CIFAR-10, 1% of the labels, minutes on a CPU", what, f"{_FORMER} {flags}", 3,
