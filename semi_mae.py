@@ -103,7 +103,6 @@ METHODS = {  # what each changes in stage semi
 }
 ARCHS = {  # name: timm's model, arguments that differ from it
     "vit_digits": ("vit_tiny_patch16_224", dict(embed_dim=64, depth=4, num_heads=4)),
-    "vit_mini": ("vit_tiny_patch16_224", dict(depth=6)),
     "vit_tiny": ("vit_tiny_patch16_224", {}),
     "vit_small": ("vit_small_patch16_224", {}),  # the paper's: "ViT-Small, 22M"
     "vit_base": ("vit_base_patch16_224", {}),
@@ -275,11 +274,6 @@ _CIFAR_SMALL_1 = dict(  # the same with 500 labels
     sup=dict(_CIFAR_SMALL["sup"], epochs=140, warmup_epochs=5),
     semi=dict(_CIFAR_SMALL["semi"], epochs=140, warmup_epochs=5, tau=0.95),
     source="measured here; not searched")
-_CIFAR_MINI = dict(  # vit_mini, an hour on a CPU
-    pretrain=dict(_CIFAR_SMALL["pretrain"], dec_dim=128, epochs=25, lr=1.5e-3),
-    sup=_CIFAR_SMALL["sup"],
-    semi=dict(_CIFAR_SMALL["semi"], dec_dim=128),
-    source="measured here; not searched")
 _NETTE_SMALL = dict(  # for 64 pixels in patches of 8
     pretrain=dict(_CIFAR_SMALL["pretrain"], epochs=80, warmup_epochs=4),
     sup=dict(_CIFAR_SMALL["sup"], epochs=80, warmup_epochs=5),
@@ -296,7 +290,6 @@ RECIPES = {  # (data set, arch, init, labels %): {stage: settings that differ fr
         _SMALLER_STEPS, source="as for vit_digits, smaller steps; not tuned"),
     ("cifar10", "vit_digits", None, 10): _CIFAR_SMALL,
     ("cifar10", "vit_digits", None, 1): _CIFAR_SMALL_1,
-    ("cifar10", "vit_mini", None, 10): _CIFAR_MINI,
     ("cifar10", None, None, None): _untuned(512, lomar_window=5),  # 8 x 8 patches
     ("cifar100", None, None, None): _untuned(512, lomar_window=5),
     ("imagenette", "vit_digits", None, 10): _NETTE_SMALL,

@@ -91,7 +91,6 @@ METHODS = {  # what each changes in stage semi                                  
 }
 ARCHS = {  # name: timm's model, arguments that differ from it, pooling         [App. A; Sec. 4.2]
     "vit_digits": ("vit_tiny_patch16_224", dict(embed_dim=64, depth=4, num_heads=4), "avg"),
-    "vit_mini": ("vit_tiny_patch16_224", dict(depth=6), "avg"),
     "vit_tiny": ("vit_tiny_patch16_224", {}, "avg"),
     "vit_small": ("vit_small_patch16_224", {}, "avg"),
     "vit_base": ("vit_base_patch16_224", {}, "avg"),

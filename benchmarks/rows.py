@@ -196,16 +196,16 @@ def _simclr(name, title, flags, long, pretrain=None):
             if own or row != "pretrain"}
 
 
-def _mae(name, data, arch="vit_digits"):
+def _mae(name, data):
     return {f"semi_mae/{name}/mae": (
         None, "MAE on all pictures",
-        f"semi_mae.py --method mae {data} --arch {arch} --dtype bf16", 1)}
+        f"semi_mae.py --method mae {data} --arch vit_digits --dtype bf16", 1)}
 
 
-def _after_mae(script, name, title, data, rows, labels=10, arch="vit_digits"):
+def _after_mae(script, name, title, data, rows, labels=10):
     """Rows that start from one MAE on all pictures; rows: what each is, its flags, seeds, ..."""
-    init = "{pretrain}" + f"/mae_pretrain_{arch}.pth" * (script == "semi_vit")
-    command = f"{script}.py {data} --arch {arch} --labels {labels} --dtype bf16 --evals 2"
+    init = "{pretrain}" + "/mae_pretrain_vit_digits.pth" * (script == "semi_vit")
+    command = f"{script}.py {data} --arch vit_digits --labels {labels} --dtype bf16 --evals 2"
     command += f" --init {init}"
     mae = f"semi_mae/{name.removesuffix('_1')}/mae"  # one for all fractions of labels
     return {f"{script}/{name}/{row}": (title, what, [mae, f"{command} {flags}"], seeds, *stages)
@@ -217,7 +217,7 @@ ROWS |= _simclr("cifar10_1", "SimCLRv2 on CIFAR-10, 1% of the labels, an hour of
 ROWS |= _simclr("cifar10", "SimCLRv2 on CIFAR-10, 10% of the labels, an hour of a CPU",
                 f"{_C10} --arch resnet_digits --width 2 --labels 10", 42,
                 "simclrv2/cifar10_1/pretrain")
-ROWS |= _mae("cifar10", _C10) | _mae("cifar10_mini", _C10, "vit_mini")
+ROWS |= _mae("cifar10", _C10)
 _TITLE = "Semi-ViT on CIFAR-10, 10% of the labels, minutes on a CPU"
 _SCRATCH = f"semi_vit.py {_C10} --arch vit_digits --labels 10 --evals 2"
 ROWS["semi_vit/cifar10/sup"] = (_TITLE, "from scratch: supervised stage", _SCRATCH, 1, ["sup"])
