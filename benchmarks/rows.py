@@ -215,7 +215,7 @@ def _after_mae(script, name, title, data, rows, labels=10):
 ROWS |= _simclr("cifar10_1", "SimCLRv2 on CIFAR-10, 1% of the labels, an hour of a CPU",
                 f"{_C10} --arch resnet_digits --width 2 --labels 1", 318)
 ROWS |= _simclr("cifar10", "SimCLRv2 on CIFAR-10, 10% of the labels, an hour of a CPU",
-                f"{_C10} --arch resnet_digits --width 2 --labels 10", 42,
+                f"{_C10} --arch resnet_digits --width 2 --labels 10", 32,
                 "simclrv2/cifar10_1/pretrain")
 ROWS |= _mae("cifar10", _C10)
 _TITLE = "Semi-ViT on CIFAR-10, 10% of the labels, minutes on a CPU"
