@@ -251,9 +251,9 @@ _CIFAR_SMALL = dict(  # an hour of one core; found on 5,000 held-out pictures, s
     source="measured here")
 _CIFAR_SMALL_10 = dict(  # with ten times the labels
     _CIFAR_SMALL,
-    sup=dict(_CIFAR_SMALL["sup"], epochs=30),
-    linear=dict(_CIFAR_SMALL["linear"], epochs=20),
-    finetune=dict(_CIFAR_SMALL["finetune"], batch_size=50, epochs=20),
+    sup=dict(_CIFAR_SMALL["sup"], epochs=20),
+    linear=dict(_CIFAR_SMALL["linear"], epochs=10),
+    finetune=dict(_CIFAR_SMALL["finetune"], batch_size=50, epochs=15),
     source="measured here; not searched")
 _NETTE_SMALL = dict(  # for 48 pixels; found on 1,500 held-out pictures, see docs/results.md
     pretrain=dict(_CIFAR_SMALL["pretrain"], epochs=60, warmup_epochs=3),

@@ -188,8 +188,9 @@ def _simclr(name, title, flags, long, pretrain=None):
         "sup": (title, "labels only", after, 3, ["sup"]),
         "sup_long": (title, "labels only, as many updates as fine-tuning and distillation",
                      f"{command} --method sup --epochs {long} --evals 2", 3),
-        "linear": (title, "pretrained, linear classifier on h",
-                   [after[0], f"{after[1]} --method linear"], 3),
+        "linear": (title, "pretrained, linear classifier on h", after, 3, ["linear"]) if not own
+        else (title, "pretrained, linear classifier on h",
+              [after[0], f"{after[1]} --method linear"], 3),
         "finetune": (title, "pretrained, fine-tuned", after, 3, ["finetune"]),
         "distill": (title, "pretrained, fine-tuned, distilled", after, 3, ["finetune", "distill"])}
     return {f"simclrv2/{name}/{row}": about for row, about in rows.items()
@@ -215,7 +216,7 @@ def _after_mae(script, name, title, data, rows, labels=10):
 ROWS |= _simclr("cifar10_1", "SimCLRv2 on CIFAR-10, 1% of the labels, an hour of a CPU",
                 f"{_C10} --arch resnet_digits --width 2 --labels 1", 318)
 ROWS |= _simclr("cifar10", "SimCLRv2 on CIFAR-10, 10% of the labels, an hour of a CPU",
-                f"{_C10} --arch resnet_digits --width 2 --labels 10", 32,
+                f"{_C10} --arch resnet_digits --width 2 --labels 10", 27,
                 "simclrv2/cifar10_1/pretrain")
 ROWS |= _mae("cifar10", _C10)
 _TITLE = "Semi-ViT on CIFAR-10, 10% of the labels, minutes on a CPU"
