@@ -251,7 +251,7 @@ _CIFAR_SMALL = dict(  # an hour of one core; found on 5,000 held-out pictures, s
     source="measured here")
 _CIFAR_SMALL_10 = dict(  # with ten times the labels
     _CIFAR_SMALL,
-    sup=dict(_CIFAR_SMALL["sup"], epochs=20),
+    sup=dict(_CIFAR_SMALL["sup"], epochs=20, augment="weak"),
     linear=dict(_CIFAR_SMALL["linear"], epochs=10),
     finetune=dict(_CIFAR_SMALL["finetune"], batch_size=50, epochs=15, augment="weak"))
 _NETTE_SMALL = dict(  # for 48 pixels; found on 1,500 held-out pictures, see docs/results.md
