@@ -23,14 +23,9 @@ def clear_errors(main):
     @functools.wraps(main)
     def run(*args, **kwargs):
         try:
-            result = main(*args, **kwargs)
-            sys.stdout.flush()
-            return result
+            return main(*args, **kwargs)
         except UserError as error:
             said = str(error)
-        except BrokenPipeError:  # whoever read our output has left, as after `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None  # as a shell counts a SIGPIPE
         except OSError as error:  # of a log or a picture; a checkpoint's own error says more
             if error.errno not in UNWRITABLE:
                 raise

@@ -11,7 +11,6 @@ import random
 import resource
 import signal
 import struct
-import sys
 import time
 import zlib
 from functools import partial
@@ -363,21 +362,6 @@ def test_r15_a_log_on_a_full_disk_is_one_line_and_other_errors_keep_their_traceb
     assert end.value.code == 2 and said.startswith("error: --output") and said.count("\n") == 1
     with pytest.raises(FileNotFoundError):
         log.clear_errors(fails)(errno.ENOENT)
-
-
-def speaks_to_nobody(lines):
-    """What `main | head` does to a script: its stdout is a pipe that nobody reads any more."""
-    unread, ours = os.pipe()
-    os.close(unread)
-    os.dup2(ours, 1)
-    sys.stdout = open(1, "w", closefd=False)
-    log.clear_errors(lambda: print("a line\n" * lines))()
-
-
-@pytest.mark.parametrize("lines", [1, 100_000])  # fails at the end, or in the middle
-def test_output_into_a_closed_pipe_ends_without_a_traceback(lines, tmp_path):
-    child = Child(speaks_to_nobody, lines, cwd=tmp_path)
-    assert child.wait() == 141 and child.err == ""
 
 
 # ----- the run log and stop signals -------------------------------------------------------------
