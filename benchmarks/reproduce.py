@@ -17,6 +17,7 @@ sentence from docs/results.head.md and docs/results.notes.json (a list of points
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -47,15 +48,21 @@ def shown(name: str) -> str:
 
 
 def runs_of(name: str, seed: int) -> list[str]:
-    """Folder of each command's run, and name of its log; the last one is the row's result.
+    """Folder of each run, and name of its log, of all that prepare a row and, last, its own.
 
     A row that is prepared by one with fewer seeds shares its runs among its own.
     """
     first = next(n for n in ROWS if ROWS[n][2] == ROWS[name][2])  # rows may share a command
     base = f"{first.replace('/', '-')}-seed{seed}"
-    before = [runs_of(c, seed % ROWS[c][3])[-1] if c in ROWS else f"{base}-before{k}"
+    before = [runs_of(c, seed % ROWS[c][3]) if c in ROWS else [f"{base}-before{k}"]
               for k, c in enumerate(commands_of(name)[:-1], 1)]
-    return [*before, base]
+    return [*itertools.chain(*before), base]
+
+
+def preparing(name: str) -> list[str]:
+    """The rows that `name` starts from, first to last, and itself."""
+    rows = [c for c in commands_of(name)[:-1] if c in ROWS]
+    return [*itertools.chain(*map(preparing, rows)), name]
 
 
 def log_file(run: str) -> Path:
@@ -80,10 +87,10 @@ def run_seed(name: str, seed: int, folder: Path, before, reuse=False) -> list[di
     for run in before:
         run.result()
     outputs = [folder / run for run in runs_of(name, seed)]
-    for output, command in zip(outputs, commands_of(name)):
-        if command in ROWS:
-            continue  # its row has run before, see main
-        words = [os.path.expandvars(word.replace("{pretrain}", str(outputs[0])))
+    own = [c for c in commands_of(name) if c not in ROWS]  # the others have run before, see main
+    for k, command in enumerate(own, len(outputs) - len(own)):
+        output, start = outputs[k], str(outputs[k - 1])  # {pretrain}: the run just before
+        words = [os.path.expandvars(word.replace("{pretrain}", start))
                  for word in shlex.split(command)]
         words += ["--seed", str(seed), "--split-seed", str(seed), "--output", str(output)]
         if reuse and finished(output, words):
@@ -174,8 +181,9 @@ def write_table():
         how = (f"{mean:.1f} ± {spread:.1f} ({len(logs)} seeds)" if len(logs) > 1
                else f"{mean:.1f} (single run)")
         start = gain = teacher = "-"
-        before = logs if "sup" in results_of(logs[0]) else committed(name, before=True)
-        if last != "sup" and all("sup" in results_of(log) for log in before):
+        before = [x for x in committed(name, before=True) if "sup" in results_of(x)]
+        before = logs if "sup" in results_of(logs[0]) else before
+        if last != "sup" and len(before) == len(logs):
             starts = [score(results_of(log)["sup"]) for log in before]
             gains = [score(e) - s for e, s in zip(ends, starts)]
             start, gain = (f"{statistics.mean(starts):.1f}",
@@ -193,7 +201,8 @@ def write_table():
                      f"| {minutes:.1f} | `{name}`: {shown(name)} |")
         first = logs[0][0]
         bands[recipe_hash(first["recipe"])] = {"name": name, **band_of(logs)}
-        lines.append(f"<!-- {name}: commit {first['commit']}, torch {first['torch']}, "
+        commits = ", ".join(dict.fromkeys(log[0]["commit"] for log in logs))  # of each seed
+        lines.append(f"<!-- {name}: commit {commits}, torch {first['torch']}, "
                      f"timm {first['timm']}, {first['hardware']}; splits "
                      f"{', '.join(log[0]['recipe']['split'][:12] for log in logs)} -->")
     lines += notes.get(table, [])
@@ -256,7 +265,7 @@ def main():
             print(f"{name:<32} {seeds} seed(s)  {shown(name).replace('`', '')}   # {what}")
         return
     names = [n for n in ROWS if any(n == x or n.startswith(x + "/") for x in args.names)]
-    names = list(dict.fromkeys(m for n in names for m in (*commands_of(n)[:-1], n) if m in ROWS))
+    names = list(dict.fromkeys(itertools.chain(*map(preparing, names))))
     if args.names and not names:
         p.error(f"no row named {' '.join(args.names)}; see --list")
     if args.curves:

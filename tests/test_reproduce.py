@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -41,10 +42,35 @@ def test_rows_with_one_command_share_a_run_and_others_do_not():
 
 def test_a_preparation_with_one_seed_serves_all_seeds(monkeypatch):
     rows = {"a/mae": (None, "", "semi_mae.py --method mae", 1),
-            "a/b": ("t", "", ["a/mae", "semi_vit.py --init {pretrain}/x.pth"], 3)}
+            "a/b": ("t", "", ["a/mae", "semi_vit.py --init {pretrain}/x.pth"], 3),
+            "a/c": ("t", "", ["a/b", "semi_vit.py --stage semi --init {pretrain}"], 3)}
     monkeypatch.setattr(R, "ROWS", rows)
     assert [R.runs_of("a/b", seed) for seed in (0, 2)] == [
         ["a-mae-seed0", "a-b-seed0"], ["a-mae-seed0", "a-b-seed2"]]
+    assert R.runs_of("a/c", 2) == ["a-mae-seed0", "a-b-seed2", "a-c-seed2"]
+    assert R.preparing("a/c") == ["a/mae", "a/b", "a/c"]
+
+
+def test_each_run_starts_from_the_one_before_it(tmp_path, monkeypatch):
+    rows = {"a/mae": (None, "", "semi_mae.py --method mae", 1),
+            "a/b": ("t", "", ["a/mae", "semi_vit.py --init {pretrain}/x.pth"], 2),
+            "a/c": ("t", "", ["a/b", "semi_vit.py --stage semi --init {pretrain}"], 2),
+            "a/d": ("t", "", ["s4former.py", "s4former.py --init {pretrain}"], 1)}
+    calls = []
+    monkeypatch.setattr(R, "ROWS", rows)
+    monkeypatch.setattr(R, "ROOT", tmp_path)
+    monkeypatch.setattr(R, "read_log", lambda folder: [])
+    monkeypatch.setattr(R.subprocess, "run", lambda words, **more: calls.append(
+        " ".join(words[1:])) or SimpleNamespace(returncode=0))
+    for name in rows:
+        R.run_seed(name, rows[name][3] - 1, Path("."), [])
+    more = [f"--seed {k} --split-seed {k} --output" for k in (0, 1)]
+    assert calls == [
+        f"semi_mae.py --method mae {more[0]} a-mae-seed0",
+        f"semi_vit.py --init a-mae-seed0/x.pth {more[1]} a-b-seed1",
+        f"semi_vit.py --stage semi --init a-b-seed1 {more[1]} a-c-seed1",
+        f"s4former.py {more[0]} a-d-seed0-before1",
+        f"s4former.py --init a-d-seed0-before1 {more[0]} a-d-seed0"]
 
 
 def test_the_committed_table_is_made_from_the_committed_logs(tmp_path, monkeypatch):
