@@ -224,13 +224,18 @@ _SCRATCH = f"semi_vit.py {_C10} --arch vit_digits --labels 10 --evals 2"
 ROWS["semi_vit/cifar10/sup"] = (_TITLE, "from scratch: supervised stage", _SCRATCH, 1, ["sup"])
 ROWS["semi_vit/cifar10/prob"] = (_TITLE, "from scratch: Semi-ViT", _SCRATCH, 1)
 ROWS |= _after_mae("semi_vit", "cifar10", _TITLE, _C10, {
-    "mae_sup": ("after MAE: supervised stage", "", 3, ["sup"]),
-    "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 34", 3),
-    "mae_prob": ("after MAE: Semi-ViT", "", 3),
-    "mae_fixmatch": ("after MAE: FixMatch (m = 0, no mixing)", "--method fixmatch", 3),
-    **{f"mae_{mix}": (f"after MAE: EMA-Teacher, {what}", f"--unlabeled-mix {mix}", 1)
-       for mix, what in {"none": "no mixing", "mixup": "Pseudo Mixup",
-                         "mixup+": "Pseudo Mixup+"}.items()}})
+    "mae_sup": ("after MAE: supervised stage", "--method sup", 3),
+    "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 74", 3)})
+ROWS |= {f"semi_vit/cifar10/mae_{row}": (
+    _TITLE, f"after MAE: {what}", ["semi_vit/cifar10/mae_sup", (
+        f"semi_vit.py {_C10} --arch vit_digits --labels 10 --dtype bf16 --evals 2 --stage semi "
+        f"--init {{pretrain}} {flags}")], seeds)
+    for row, (what, flags, seeds) in {
+        "prob": ("Semi-ViT", "", 3),
+        "fixmatch": ("FixMatch (m = 0, no mixing)", "--method fixmatch", 3),
+        "none": ("EMA-Teacher, no mixing", "--unlabeled-mix none", 1),
+        "mixup": ("EMA-Teacher, Pseudo Mixup", "--unlabeled-mix mixup", 1),
+        "mixup+": ("EMA-Teacher, Pseudo Mixup+", "--unlabeled-mix mixup+", 1)}.items()}
 ROWS |= _after_mae(
     "semi_vit", "cifar10_1", "Semi-ViT on CIFAR-10, 1% of the labels, minutes on a CPU", _C10, {
         "mae_sup": ("after MAE: supervised stage", "", 3, ["sup"]),

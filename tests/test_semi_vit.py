@@ -1008,6 +1008,17 @@ def test_views_hold_the_papers_steps_in_order():
     assert reprob == dict(labeled=0.25, strong=0.25, weak=0, evaluate=0)
 
 
+@pytest.mark.parametrize("kind, geometry", [
+    ("photos", ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip"]),
+    ("digits", ["Resize", "RandomAffine"])])
+def test_weak_labelled_views_leave_out_randaugment_alone(kind, geometry):
+    strong, weak = (S.view_lists(kind, 32, settings(f"--dataset imagenet --labeled-augment {how}"))
+                    for how in ("strong", "weak"))
+    assert names(weak["labeled"]) == [*geometry, "ToBytes"]
+    assert names(strong["labeled"]) == [*geometry, "RandAugment", "ToBytes"]
+    assert all(names(weak[v]) == names(strong[v]) for v in ("strong", "weak", "evaluate"))
+
+
 @pytest.mark.parametrize(
     "view, how",
     [("strong", dict(auto_augment="rand-m9-mstd0.5-inc1")), ("weak", dict(auto_augment=None))]
@@ -1252,7 +1263,8 @@ def test_every_recipe_key_is_a_setting():
 def test_every_setting_is_a_flag_that_wins_for_the_named_stage(name):
     kind, default, _ = S.SETTINGS[name]
     choices = dict(
-        unlabeled_mix="mixup", mix_lam="element", schedule="table", fixmatch_teacher="train"
+        unlabeled_mix="mixup", mix_lam="element", schedule="table", fixmatch_teacher="train",
+        labeled_augment="weak"
     )
     share = isinstance(default["semi"], float) and default["semi"] <= 1 and name != "mixup"
     value = choices.get(name, 64 if name == "batch_size" else 0.75 if share else 7)
