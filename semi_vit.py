@@ -209,7 +209,7 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see 
     source="measured here")
 _CIFAR_SMALL_10 = dict(  # with 5,000 labels: long enough that more of stage sup adds nothing
     sup=dict(_CIFAR_SMALL["sup"], epochs=60, labeled_augment="weak"),
-    semi=dict(_CIFAR_SMALL["semi"], labeled_augment="weak"), source="measured here")
+    semi=dict(_CIFAR_SMALL["semi"], epochs=5, labeled_augment="weak"), source="measured here")
 _CIFAR_SMALL_1 = dict(  # with 500 labels
     sup=dict(_CIFAR_SMALL["sup"], epochs=100, warmup_epochs=5),
     semi=dict(_CIFAR_SMALL["semi"], epochs=4, ema_decay=0.99),

@@ -225,7 +225,7 @@ ROWS["semi_vit/cifar10/sup"] = (_TITLE, "from scratch: supervised stage", _SCRAT
 ROWS["semi_vit/cifar10/prob"] = (_TITLE, "from scratch: Semi-ViT", _SCRATCH, 1)
 ROWS |= _after_mae("semi_vit", "cifar10", _TITLE, _C10, {
     "mae_sup": ("after MAE: supervised stage", "--method sup", 3),
-    "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 74", 3)})
+    "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 83", 3)})
 ROWS |= {f"semi_vit/cifar10/mae_{row}": (
     _TITLE, f"after MAE: {what}", ["semi_vit/cifar10/mae_sup", (
         f"semi_vit.py {_C10} --arch vit_digits --labels 10 --dtype bf16 --evals 2 --stage semi "
