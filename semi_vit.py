@@ -154,7 +154,7 @@ SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a fla
     "reprob": (float, dict(sup=0.25, semi=0.25),
         "random erasing of labelled and strong views [Tables 12, 13]"),
     "crop_min": (float, dict(sup=0.08, semi=0.08), "smallest area of a random crop [App. A, timm]"),
-    "labeled_augment": (str, dict(sup="strong", semi="strong"),
+    "labeled_aug": (str, dict(sup="strong", semi="strong"),
         "weak: labelled images without RandAugment, for small networks [App. A: strong]"),
     "tau": (float, dict(sup=0.0, semi=0.5),
         "drop a pseudo-label less confident than this: too low teaches errors (watch pseudo_acc), "
@@ -191,10 +191,10 @@ _FOLDER = dict(  # a few hundred pictures: smaller batches, so more updates; fas
     source="App. A, other data sets; batches and EMA for small sets, not tuned")
 _DIGITS = dict(  # found on 1,000 held-out training images, see docs/results.md
     sup=dict(epochs=1000, batch_size=64, lr=3e-3, warmup_epochs=50, layer_decay=1.0, drop_path=0.0,
-             label_smoothing=0.0, mixup=0.0, cutmix=0.0, reprob=0.0, labeled_augment="weak"),
+             label_smoothing=0.0, mixup=0.0, cutmix=0.0, reprob=0.0, labeled_aug="weak"),
     semi=dict(epochs=24, batch_size=32, lr=4e-3, warmup_epochs=1, layer_decay=1.0, drop_path=0.0,
               label_smoothing=0.0, mix_labeled=0, reprob=0.0, tau=0.7, lambda_u=3.0,
-              ema_decay=0.99, crop_min=0.6, labeled_augment="weak"), source="measured here")
+              ema_decay=0.99, crop_min=0.6, labeled_aug="weak"), source="measured here")
 _DIGITS_LARGE = dict(sup=dict(_DIGITS["sup"], lr=3e-4), semi=dict(_DIGITS["semi"], lr=3e-4),
                      source="as for vit_digits, smaller steps; not tuned")
 _CIFAR = dict(sup=dict(lr_per_256=5e-4, layer_decay=1.0, batch_size=128, crop_min=0.35),
@@ -208,8 +208,8 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see 
               reprob=0.0, tau=0.8, lambda_u=1.0, ema_decay=0.998, crop_min=0.5),
     source="measured here")
 _CIFAR_SMALL_10 = dict(  # with 5,000 labels: long enough that more of stage sup adds nothing
-    sup=dict(_CIFAR_SMALL["sup"], epochs=60, labeled_augment="weak"),
-    semi=dict(_CIFAR_SMALL["semi"], epochs=5, labeled_augment="weak"), source="measured here")
+    sup=dict(_CIFAR_SMALL["sup"], epochs=60, labeled_aug="weak"),
+    semi=dict(_CIFAR_SMALL["semi"], epochs=5, labeled_aug="weak"), source="measured here")
 _CIFAR_SMALL_1 = dict(  # with 500 labels
     sup=dict(_CIFAR_SMALL["sup"], epochs=100, warmup_epochs=5),
     semi=dict(_CIFAR_SMALL["semi"], epochs=4, ema_decay=0.99),
@@ -455,7 +455,7 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
     for name, allowed in (("unlabeled_mix", ("none", "mixup", "mixup+", "prob")),
                           ("mix_lam", ("batch", "element")), ("schedule", ("fraction", "table")),
                           ("fixmatch_teacher", ("eval", "train")),
-                          ("labeled_augment", ("strong", "weak"))):
+                          ("labeled_aug", ("strong", "weak"))):
         if getattr(s, name) not in allowed:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: "
                             f"one of {', '.join(allowed)}")
@@ -570,7 +570,7 @@ class AtLeastOneBit:  # a class, not a closure: spawned workers receive it by pi
 def view_lists(dataset: str, size: int, s) -> dict[str, list]:
     """Each view as a list, in the paper's order, ending in (bytes, erasing box). s: settings."""
     crop = RandomResizedCropAndInterpolation(size, (s.crop_min, 1), (3 / 4, 4 / 3), "bicubic")
-    also = [rand_augment(size)] if s.labeled_augment == "strong" else []
+    also = [rand_augment(size)] if s.labeled_aug == "strong" else []
     if dataset == "digits":  # numbers fit for digits: no flip; mild affine for labels, small shift
         linear = T.InterpolationMode.BILINEAR
         affine = T.RandomAffine(15, (0.1, 0.1), (0.85, 1.15), 10, linear)

@@ -1012,7 +1012,7 @@ def test_views_hold_the_papers_steps_in_order():
     ("photos", ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip"]),
     ("digits", ["Resize", "RandomAffine"])])
 def test_weak_labelled_views_leave_out_randaugment_alone(kind, geometry):
-    strong, weak = (S.view_lists(kind, 32, settings(f"--dataset imagenet --labeled-augment {how}"))
+    strong, weak = (S.view_lists(kind, 32, settings(f"--dataset imagenet --labeled-aug {how}"))
                     for how in ("strong", "weak"))
     assert names(weak["labeled"]) == [*geometry, "ToBytes"]
     assert names(strong["labeled"]) == [*geometry, "RandAugment", "ToBytes"]
@@ -1264,7 +1264,7 @@ def test_every_setting_is_a_flag_that_wins_for_the_named_stage(name):
     kind, default, _ = S.SETTINGS[name]
     choices = dict(
         unlabeled_mix="mixup", mix_lam="element", schedule="table", fixmatch_teacher="train",
-        labeled_augment="weak"
+        labeled_aug="weak"
     )
     share = isinstance(default["semi"], float) and default["semi"] <= 1 and name != "mixup"
     value = choices.get(name, 64 if name == "batch_size" else 0.75 if share else 7)
