@@ -232,7 +232,7 @@ ROWS |= {f"semi_vit/cifar10/mae_{row}": (
         f"--init {{pretrain}} {flags}")], seeds)
     for row, (what, flags, seeds) in {
         "prob": ("Semi-ViT", "", 3),
-        "fixmatch": ("FixMatch (m = 0, no mixing)", "--method fixmatch", 3),
+        "fixmatch": ("FixMatch (m = 0, no mixing)", "--method fixmatch", 1),
         "none": ("EMA-Teacher, no mixing", "--unlabeled-mix none", 1),
         "mixup": ("EMA-Teacher, Pseudo Mixup", "--unlabeled-mix mixup", 1),
         "mixup+": ("EMA-Teacher, Pseudo Mixup+", "--unlabeled-mix mixup+", 1)}.items()}
