@@ -225,14 +225,16 @@ ROWS["semi_vit/cifar10/sup"] = (_TITLE, "from scratch: supervised stage", _SCRAT
 ROWS["semi_vit/cifar10/prob"] = (_TITLE, "from scratch: Semi-ViT", _SCRATCH, 1)
 ROWS |= _after_mae("semi_vit", "cifar10", _TITLE, _C10, {
     "mae_sup": ("after MAE: supervised stage", "--method sup", 3),
-    "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 83", 3)})
+    "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 83", 3),
+    "mae_sup_strong": (f"after MAE: {_LONG}, with RandAugment",
+                       "--method sup --epochs 83 --labeled-aug strong", 3)})
 ROWS |= {f"semi_vit/cifar10/mae_{row}": (
     _TITLE, f"after MAE: {what}", ["semi_vit/cifar10/mae_sup", (
         f"semi_vit.py {_C10} --arch vit_digits --labels 10 --dtype bf16 --evals 2 --stage semi "
         f"--init {{pretrain}} {flags}")], seeds)
     for row, (what, flags, seeds) in {
         "prob": ("Semi-ViT", "", 3),
-        "fixmatch": ("FixMatch (m = 0, no mixing)", "--method fixmatch", 1),
+        "fixmatch": ("FixMatch (m = 0, no mixing)", "--method fixmatch", 3),
         "none": ("EMA-Teacher, no mixing", "--unlabeled-mix none", 1),
         "mixup": ("EMA-Teacher, Pseudo Mixup", "--unlabeled-mix mixup", 1),
         "mixup+": ("EMA-Teacher, Pseudo Mixup+", "--unlabeled-mix mixup+", 1)}.items()}
