@@ -156,7 +156,7 @@ SETTINGS = {
         "stochastic depth of the last block, linear from 0; labelled and strong views only [D12]"),
     "label_smoothing": (float, _by_stage(0.0, 0.0, 0.0), "of the true labels [D8]"),
     "labeled_aug": (str, _by_stage("strong", "strong", "strong"),
-        "view of labelled images, strong or weak [D1]"),
+        "view of labelled images: strong, or weak as pseudo-labels have it [D1]"),
     "crop_min": (float, _by_stage(0.2, 0.08, 0.08),
         "smallest area of a random crop [MAE: 0.2; Semiformer code: 0.08]"),
     "reprob": (float, _by_stage(0.0, 0.25, 0.25),

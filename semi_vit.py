@@ -4,7 +4,7 @@
   stage 2, --stage sup  fine-tuning on the labelled images alone                          Table 12
   stage 3, --stage semi fine-tuning on everything; one step of it:                        Table 13
 
-  x_l --strong--> mixup, CutMix -----------> student --CE(., y)-----------> L_l --+
+  x_l --strong--> mixup, CutMix -----------> student --CE(., y)-----------> L_l --+    (E11)
   x_u --weak----> teacher --max, argmax----> o, y_hat --+                         +-> L_l + mu L_u
   x_u --strong--> mix pairs by o (Eq. 3-5) --> student -+-[o* >= tau] CE--> L_u --+   (Sec. 2.3)
                   teacher <- m * teacher + (1 - m) * student   (Eq. 1)      (Eq. 2)
@@ -42,10 +42,17 @@ chosen with --follow. The rest, decided once:
       student.
   E7  Labelled and strong images pass the student in one forward (LayerNorm only: equal to two).
   E8  One split for all processes; the authors' code, without a list, draws another one on each.
-  E9  vit_digits is ours (width 64, depth 4): Xavier weights and a learnable position embedding.
+  E9  vit_digits is ours (width 64, depth 4): Xavier weights and a learnable position embedding. So
+      are the digits' views (no flip) and the evaluation of pictures under 64 pixels as a whole;
+      RandAugment's posterize keeps one bit at least.
   E10 An update that the fp16 scaler skips leaves the EMA alone too; in the authors' code it moves.
   E11 --labeled-aug weak is ours: App. A has RandAugment on labelled images too, which vit_digits is
-      slow to fit. Its recipes for the digits and for CIFAR-10 at 10% leave it out.
+      slow to fit. The recipes for the digits, and that for CIFAR-10 at 10% after pretraining, leave
+      it out.
+  E12 prob needs neither --mixup nor --cutmix; in the authors' code one of them at 0 makes every
+      pair the other kind, both at 0 turn prob off.
+  E13 MoCo-v3's ViT-S has 12 heads, as it was pretrained; the authors' ViT-S has 6, and the paper
+      does not say what Table 7 used.
 """
 
 import argparse
@@ -78,6 +85,7 @@ from common.amp import Precision, pick_device
 from common.data import load_dataset
 from common.ema import Ema
 from common.pictures import BadImages, find_pictures
+from common.split_lists import list_name
 from common.splits import UserError
 from common.streams import Stream, eval_loader, seed_of, stream_loader
 
@@ -85,6 +93,11 @@ from common.streams import Stream, eval_loader, seed_of, stream_loader
 
 SCRIPT = "semi_vit"
 STAGES = ("sup", "semi")
+PUBLISHED = {  # lists of ImageNet, and the row that fits them; the paper's own are not among them
+    "SimCLR 1percent.txt": 1,
+    "SimCLR 10percent.txt": 10,
+    "Semiformer 10% (FixMatch's ImageNet split 1)": 10,
+}
 METHODS = {  # what each changes in stage semi                                     [Tables 2 and 3]
     "sup": {},  # stage sup alone
     "fixmatch": dict(ema_decay=0.0, unlabeled_mix="none"),  # m = 0: the teacher is the student
@@ -138,8 +151,10 @@ SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a fla
     "label_smoothing": (float, dict(sup=0.1, semi=0.1), "of labelled targets [Tables 12, 13]"),
     "label_smoothing_u": (float, dict(sup=0.1, semi=0.1),
         "of mixed pseudo-labels; unmixed ones stay hard [authors' code]"),
-    "mixup": (float, dict(sup=0.8, semi=0.8), "alpha of Beta for mixup, 0: off [Tables 12, 13]"),
-    "cutmix": (float, dict(sup=1.0, semi=1.0), "alpha of Beta for CutMix, 0: off [Tables 12, 13]"),
+    "mixup": (float, dict(sup=0.8, semi=0.8),
+        "alpha of Beta for mixup, 0: off; prob goes without [Tables 12, 13]"),
+    "cutmix": (float, dict(sup=1.0, semi=1.0),
+        "alpha of Beta for CutMix, 0: off; prob goes without [Tables 12, 13]"),
     "mix_labeled": (int, dict(sup=1, semi=1),
         "1: mix labelled images too [App. A: not for S and B at 1%% in stage semi]"),
     "mix_lam": (str, dict(sup="batch", semi="batch"),
@@ -157,7 +172,7 @@ SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a fla
         "random erasing of labelled and strong views [Tables 12, 13]"),
     "crop_min": (float, dict(sup=0.08, semi=0.08), "smallest area of a random crop [App. A, timm]"),
     "labeled_aug": (str, dict(sup="strong", semi="strong"),
-        "weak: labelled images without RandAugment, for small networks [App. A: strong]"),
+        "weak: the same view without RandAugment, for small networks [App. A: strong]"),
     "tau": (float, dict(sup=0.0, semi=0.5),
         "drop a pseudo-label less confident than this: too low teaches errors (watch pseudo_acc), "
         "too high starves (watch kept) [Eq. 2; Table 4]"),
@@ -206,8 +221,8 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see 
     sup=dict(epochs=20, batch_size=64, lr=2e-3, warmup_epochs=1, layer_decay=0.8, drop_path=0.0,
              label_smoothing=0.0, mixup=0.0, cutmix=0.0, reprob=0.0, crop_min=0.5),
     semi=dict(epochs=3, batch_size=64, unlabeled_ratio=2, lr=2e-3, warmup_epochs=0.1,
-              layer_decay=0.9, drop_path=0.0, label_smoothing=0.0, mixup=0.0, mix_labeled=0,
-              reprob=0.0, tau=0.8, lambda_u=1.0, ema_decay=0.998, crop_min=0.5),
+              layer_decay=0.9, drop_path=0.0, label_smoothing=0.0, mix_labeled=0, reprob=0.0,
+              tau=0.8, lambda_u=1.0, ema_decay=0.998, crop_min=0.5),
     source="measured here")
 _CIFAR_SMALL_10 = dict(  # with 5,000 labels: long enough that more of stage sup adds nothing
     sup=dict(_CIFAR_SMALL["sup"], epochs=60, labeled_aug="weak"),
@@ -365,7 +380,7 @@ DEPARTURES = {  # where, setting, recommended, paper, code (None: silent, as rec
 
 def parse_args(argv=None):
     p = flags.Parser(prog=f"{SCRIPT}.py", description=__doc__.split("\n\n")[0],
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("what to train").add_argument
     add("--arch", choices=ARCHS,
         help="backbone; default vit_digits on digits, else vit_base [App. A]")
@@ -398,9 +413,9 @@ def parse_args(argv=None):
 
 
 def percent(args):
-    """--labels, or its default; None where an absolute count or a list was given."""
+    """--labels, its default, or that of a published list; None for another list, or a count."""
     if args.num_labels or args.labels_file:
-        return None
+        return PUBLISHED.get(list_name(args.labels_file[0])) if args.labels_file else None
     return args.labels or (1 if args.dataset == "digits" else 10)
 
 
@@ -1050,7 +1065,7 @@ def run_stage(stage, model, warm_teacher, data, split, s, args, run, resume):
 
     torch.manual_seed(seed_of(args.seed, stage, run.rank))  # from here on draws are a process's own
     teacher = Ema(model) if stage == "semi" or s.ema_decay else None
-    if stage == "semi" and warm_teacher is not None:  # D3, D4
+    if stage == "semi" and warm_teacher is not None and s.ema_decay:  # D3, D4; m = 0: the student
         teacher.module.load_state_dict(warm_teacher)
     groups = parameter_groups(model, s.weight_decay, s.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, s.beta2), eps=1e-8, fused=True)
@@ -1451,13 +1466,16 @@ def paper_number(args) -> float | None:
     others = ("heads", "pool", "pos_embed", "patch_size", "image_size", "unlabeled_pool")
     if args.follow != "recommended" or any(getattr(args, n) is not None for n in others):
         return None
-    if args.holdout or args.init and not published(args, args.arch):
+    if args.holdout or args.labels_file or args.init and not published(args, args.arch):
         return None
     labels, kind = percent(args), init_kind(args)
     methods = {"sup": "sup", "fixmatch": "fixmatch", "ema_teacher": "none", "semi_vit": "prob"}
     what = "sup" if args.stage == "sup" or labels == 100 else methods[args.method]
+    plain = SimpleNamespace(**{**vars(args), **dict.fromkeys(SETTINGS)})  # without these flags
+    rows = {stage: vars(settings_of(plain, stage)) for stage in STAGES}
     changed = {(n, stage): v for n in SETTINGS for stage, v in (getattr(args, n) or {}).items()
-               if stage == "sup" and n not in SEMI_ONLY or stage == "semi" and what != "sup"}
+               if (stage == "sup" and n not in SEMI_ONLY or stage == "semi" and what != "sup")
+               and v != rows[stage][n]}
     mix = changed.pop(("unlabeled_mix", "semi"), None)
     if mix and what == "fixmatch":  # FixMatch is decay 0, without mixing
         changed["ema_decay", "semi"] = 0.0
@@ -1529,7 +1547,7 @@ def cost_lines(args, stage, s) -> list[str]:
     kept = costs["kept"] * (s.batch_size + n_u) / args.accum_steps
     gib = [(costs["fixed"] + kept * share) / 2**30 for share in (1, 0.5)]
     updates = ""
-    if total:  # known without the data
+    if total and not args.labels_file:  # known without the data
         exact = {("imagenet", 1): 12820, ("imagenet", 10): 128118}  # App. A, Dataset Sampling
         labeled = exact.get((args.dataset, percent(args)),
                             round(total * (percent(args) or 0) / 100))

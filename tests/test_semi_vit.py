@@ -15,11 +15,12 @@ from torch import nn
 from torchvision import transforms as T
 
 import semi_vit as S
+from common import split_lists
 from common.amp import Precision
 from common.data import load_dataset
 from common.ema import Ema
 from common.splits import UserError, make_split
-from common.streams import Stream
+from common.streams import Stream, stream_loader
 
 PARITY = torch.load(Path(__file__).parent / "parity" / "semi_vit.pt", weights_only=True)
 FP32 = Precision(torch.device("cpu"), "fp32")
@@ -820,6 +821,10 @@ def test_stage_semi_starts_from_the_ema_of_stage_sup(monkeypatch, digits):
     student, teacher = semi.entries[0]
     assert all(torch.equal(teacher[k], warm[k]) for k in warm)
     assert not torch.equal(student["head.weight"], teacher["head.weight"])
+    flags = "--batch-size 8 --epochs 1 --method fixmatch"
+    fixmatch = train(monkeypatch, digits, "semi", flags, warm)
+    student, teacher = fixmatch.entries[0]  # m = 0: the student itself, from the first update on
+    assert all(torch.equal(teacher[k], student[k]) for k in student)
 
 
 # ===== model, optimiser, schedules ================================================================
@@ -1017,6 +1022,7 @@ def test_weak_labelled_views_leave_out_randaugment_alone(kind, geometry):
     assert names(weak["labeled"]) == [*geometry, "ToBytes"]
     assert names(strong["labeled"]) == [*geometry, "RandAugment", "ToBytes"]
     assert all(names(weak[v]) == names(strong[v]) for v in ("strong", "weak", "evaluate"))
+    assert weak["labeled"][-1].reprob == strong["labeled"][-1].reprob == 0.25
 
 
 @pytest.mark.parametrize(
@@ -1036,10 +1042,14 @@ def test_views_are_equal_to_timms_pixel_by_pixel(view, how):
         assert np.array_equal(np.asarray(ours(PICTURE)), want), seed
 
 
-def test_weak_and_strong_crops_are_independent(monkeypatch):
-    lists = S.view_lists("imagenet", 224, settings("--dataset imagenet"))
-    boxes = [lists[v][0].get_params(PICTURE, (0.08, 1), (3 / 4, 4 / 3)) for v in ("weak", "strong")]
-    assert boxes[0] != boxes[1]
+def test_weak_and_strong_crops_are_independent(digits):
+    """Both views of a picture, as the loader makes them, with cropping alone in both."""
+    lists = S.view_lists("imagenet", 32, settings("--dataset imagenet"))
+    views = [T.Compose([lists[v][0], S.ToBytes()]) for v in ("weak", "strong")]
+    stream = Stream("semi/unlabeled", np.arange(16), 16, seed=0)
+    (weak, strong), _ = next(stream_loader(digits.train, views, stream, start=0, stop=1))
+    assert weak[0].shape == (16, 3, 32, 32)
+    assert all(not torch.equal(a, b) for a, b in zip(weak[0], strong[0]))
 
 
 @pytest.mark.parametrize("reprob", [1.0, 0.25, 0.0])
@@ -1121,8 +1131,8 @@ def test_posterize_keeps_one_bit_in_20000_draws(monkeypatch):
 @pytest.mark.parametrize(
     "kind, view",
     [
-        ("photos", "strong"), ("photos", "weak"), ("digits", "labeled"), ("digits", "weak"),
-        ("digits", "strong"), ("photos", "evaluate")
+        ("photos", "labeled"), ("photos", "strong"), ("photos", "weak"), ("digits", "labeled"),
+        ("digits", "weak"), ("digits", "strong"), ("photos", "evaluate")
     ],
 )
 def test_views_of_small_pictures_never_fail(kind, view):
@@ -1214,12 +1224,32 @@ def test_recipe_is_the_papers_cell_by_cell(column):
     assert wrong == []
     assert derived["semi"].unlabeled_mix == "prob" and derived["semi"].mix_lam == "batch"
     assert derived["semi"].unlabeled_pool == "rest"
+    assert derived["sup"].labeled_aug == derived["semi"].labeled_aug == "strong"
     schedule = "table" if column in ("CT", "CS") else "fraction"
     assert derived["sup"].schedule == derived["semi"].schedule == schedule
 
 
 def test_the_tables_above_have_all_cells():
     assert len(cells("sup", SUP)) == 15 * 12 - 2 and len(cells("semi", SEMI)) == 18 * 12
+
+
+@pytest.mark.parametrize("flags, view", [
+    ("", "weak"), ("--arch vit_base", "weak"), ("--dataset folder", "strong"),
+    ("--dataset cifar10 --arch vit_digits --init mae.pth --labels 10", "weak"),
+    ("--dataset cifar10 --arch vit_digits --init mae.pth --labels 1", "strong"),
+    ("--dataset cifar10 --arch vit_digits --labels 10", "strong"),
+    ("--dataset imagenette --arch vit_digits --init mae.pth", "strong")])
+def test_labelled_views_of_the_small_recipes_are_those_of_e11(flags, view):
+    assert {settings(flags, stage).labeled_aug for stage in S.STAGES} == {view}
+
+
+def test_mixup_and_mixup_plus_blend_and_cut_whatever_the_recipe():
+    for arch in ("vit_digits", "vit_base"):
+        for name in S.DATASETS:
+            for labels in (1, 10):
+                for init in ("", "--init mae.pth"):
+                    s = settings(f"--dataset {name} --arch {arch} --labels {labels} {init}")
+                    assert s.mixup == 0.8 and s.cutmix == 1.0, (name, arch, labels, init)
 
 
 @pytest.mark.parametrize("labels, tau", [(10, 0.7), (1, 0.6)])
@@ -1240,6 +1270,7 @@ def test_other_data_sets_follow_base_with_a_faster_teacher(dataset, labels):
     text = f"--dataset {dataset} --init vit_base_supervised.pth --labels {labels}"
     sup, semi = settings(text, "sup"), settings(text)
     assert semi.ema_decay == 0.999 and semi.lr == pytest.approx(5e-4) and semi.layer_decay == 0.75
+    assert sup.labeled_aug == semi.labeled_aug == "strong"
     assert semi.tau == (0.6 if labels == 1 else 0.5) and sup.layer_decay in (0.65, 0.75)
     assert sup.lr_per_256 in (1e-4, 2.5e-4, 5e-4, 1e-3)  # the range that was searched
     plain = (dataset, labels) == ("inat2019", 1)
@@ -1384,6 +1415,7 @@ def test_a_wrong_follow_is_refused(text):
 def test_contradictory_settings_are_refused():
     for text, flag in (
         ("--unlabeled-mix all", "--unlabeled-mix"), ("--mix-lam x", "--mix-lam"),
+        ("--labeled-aug none", "--labeled-aug none: one of strong, weak"),
         ("--tau 1.5", "--tau 1.5: from 0 to 1"), ("--beta2 1", "--beta2 1: from 0 to below 1"),
         ("--dataset imagenet --batch-size 6 --accum-steps 4", "--accum-steps"),
         ("--dataset imagenet --batch-size 12 --accum-steps 4", "--mix-labeled")
@@ -1504,6 +1536,34 @@ def test_values_outside_the_papers_sweeps_show_no_number():
         assert (
             S.paper_number(parse(MAE.format(arch="vit_base", labels=10) + " " + flags)) is None
         ), flags
+
+
+def test_a_flag_that_repeats_the_recipe_keeps_the_number():
+    for flags, number in (("--labeled-aug strong --reprob 0.25", 79.7), ("--drop-path 0.1", 79.7),
+                          ("--method ema_teacher --tau 0.7", 78.1), ("--labeled-aug weak", None)):
+        args = parse(MAE.format(arch="vit_base", labels=10) + " " + flags)
+        assert S.paper_number(args) == number, flags
+
+
+def test_a_published_list_has_the_recipe_of_its_percentage_without_the_number(
+        tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("n01440764_1.JPEG\nn01440764_2.JPEG\n")
+    monkeypatch.chdir(tmp_path)
+    listed = MAE.format(arch="vit_huge", labels=1).replace("--labels 1", "--labels-file mine.txt")
+    assert S.percent(parse(listed)) is None
+    assert S.recipe(parse(listed))[1]["source"] == "no row of the paper"
+    assert "updates per epoch" not in S.dry_run(parse(listed)).split("== the paper's row")[0]
+    key = split_lists.fingerprint(["n01440764_1", "n01440764_2"])
+    for name, labels in S.PUBLISHED.items():
+        assert name in split_lists.KNOWN.values()
+        monkeypatch.setitem(split_lists.KNOWN, key, name)
+        S.list_name.cache_clear()
+        args, same = parse(listed), parse(MAE.format(arch="vit_huge", labels=labels))
+        assert S.recipe(args) == S.recipe(same)
+        for stage in S.STAGES:
+            assert vars(S.derive(args, stage, 1)) == vars(S.derive(same, stage, 1))
+        assert S.paper_number(args) is None and S.paper_number(same) is not None
+    S.list_name.cache_clear()
 
 
 def test_a_mixing_of_stage_sup_alone_changes_no_number():
