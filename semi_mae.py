@@ -1,7 +1,7 @@
 """Semi-MAE (Yu, Zhao, Xu, 2023, arXiv:2301.01431): FixMatch on a plain ViT + a masked autoencoder.
 
   stage pretrain        MAE alone on all images (--method mae, or before the others: --pretrain)
-  stage sup             labelled images alone: the 100 warm-up epochs                     (Sec. 4.1)
+  stage sup             the 100 warm-up epochs (Sec. 4.1), on labelled images alone            (E1)
   stage semi            everything; one step of it:                                       (Fig. 1)
 
   x_l --strong--> ViT --CE(., y)------------------------------> L_s  (Eq. 1) --+
@@ -31,13 +31,14 @@ How to run
 
 Departures. No authors' code is known. What the paper leaves out comes from the works that it builds
 on (MAE, LoMaR, Semiformer, FixMatch): D1 to D19, the table DEPARTURES below, chosen with --follow.
-The four that matter most: D1 labelled images are augmented strongly; D3 tau = 0.7, which its
-parents use beside lambda = 10; D4 labelled images are unlabelled ones too; D9 plain pixels as
-target. The rest, decided once:
+The four that matter most: D1 labelled images are augmented strongly (digits: mildly, E9); D3 tau is
+0.7, as in FixMatch's ImageNet code beside lambda = 10; D4 labelled images are unlabelled ones too;
+D9 plain pixels as target. The rest, decided once:
   E1  An epoch of sup and semi is a pass over the labelled images. The warm-up epochs of Sec. 4.1
       train on labels alone, with the whole batch labelled (both: Semiformer's code).
-  E2  Positions are MAE's fixed sine-cosine table; weights start as MAE's, the head as well. The
-      patch convolution's bias starts at 0 (MAE's keeps torch's draw).
+  E2  Positions are MAE's sine-cosine table, those of an --init FILE where it has some, and never
+      trained. Weights start as MAE's, the head as well; the patch convolution's bias starts at 0
+      (MAE's keeps torch's draw).
   E3  The last LayerNorm serves the head and the decoder (MAE: one module); with --pool avg it comes
       before the mean, where MAE's fine-tuning has a new one after it.
   E4  The weak view passes without stochastic depth (Semiformer's code), the branch as well (MAE).
@@ -46,11 +47,14 @@ target. The rest, decided once:
   E6  The decoder of stage semi starts anew, also after stage pretrain: its target differs (D9).
       That of an --init FILE is taken where the first stage has one and its size fits (--stage
       semi, --method mae).
-  E7  Evaluated are the last raw weights, on the middle 224 pixels of 256 (Semiformer's code). An
-      average (--ema-decay, D17) is only ever evaluated.
+  E7  Evaluated are the last raw weights, on the middle 224 pixels of 256 (Semiformer's code; small
+      pictures: E9). An average (--ema-decay, D17) is only ever evaluated.
   E8  LoMaR: positions come from relative tables alone, in the classifier too, as in its own; the
       query is not scaled there (LoMaR's code; iRPE's code scales it).
   E9  vit_digits is ours: width 64, depth 4; in its own rows the head reads the mean of the patches.
+      So are the digits' views (no flip; labelled images without crop and RandAugment) and the
+      evaluation of digits and of pictures under 64 pixels as a whole. RandAugment's posterize keeps
+      one bit at least.
   E10 No clipping of gradients, no mixup, no CutMix (Semiformer's code has none).
   E11 The decoder is MAE's (512 wide, 8 deep), larger than ViT-S, though the paper calls it small.
 With --accum-steps A the sums are split into A parts and nothing else: LayerNorm has no statistics
@@ -88,6 +92,7 @@ from common.amp import Precision, pick_device
 from common.data import load_dataset
 from common.ema import Ema
 from common.pictures import BadImages, find_pictures
+from common.split_lists import list_name
 from common.splits import UserError
 from common.streams import Stream, eval_loader, seed_of, stream_loader
 
@@ -95,6 +100,11 @@ from common.streams import Stream, eval_loader, seed_of, stream_loader
 
 SCRIPT = "semi_mae"
 STAGES = ("pretrain", "sup", "semi")
+PUBLISHED = {  # lists of ImageNet, and the row that fits them; the paper does not name its own
+    "SimCLR 1percent.txt": 1,
+    "SimCLR 10percent.txt": 10,
+    "Semiformer 10% (FixMatch's ImageNet split 1)": 10,
+}
 METHODS = {  # what each changes in stage semi
     "sup": {},  # stage sup alone
     "fixmatch": dict(mae_weight=0.0),  # Eq. 3 without its last term
@@ -190,7 +200,7 @@ LOMAR_ONLY = {"lomar_window", "lomar_windows", "lomar_ratio", "lomar_pairing"}
 SEMI_ONLY = {"unlabeled_ratio", "tau", "tau_strict", "lambda_u", "mae_weight", "unlabeled_pool"}
 NOT_READ = {  # settings that a stage does not look at
     "pretrain": SEMI_ONLY | {"pool", "drop_path", "label_smoothing", "labeled_aug", "reprob",
-                             "ema_decay"},
+                             "ema_decay", "lr_span"},
     "sup": SEMI_ONLY | MAE_ONLY | LOMAR_ONLY | {"norm_pix_loss"},
     "semi": set(),
 }
@@ -228,7 +238,8 @@ DEPARTURES = {  # where, setting, recommended, paper, code (None: silent, as rec
     "D16": (_TRAIN, "lr_each", "step", None, "epoch",
             "MAE code: each step; Semiformer code: each epoch (one late, which is not copied)"),
     "D17": (_SEMI, "ema_decay", 0.0, None, 0.999,
-            "paper: none; FixMatch code evaluates an average, which never makes pseudo-labels"),
+            "paper: none; FixMatch code evaluates an average, which never makes pseudo-labels; "
+            "Semiformer code keeps one, of 0.99996, and evaluates the raw weights"),
     "D18": (_TRAIN, "pool", "token", None, "avg",
             "ViT, Semiformer: class token; MAE fine-tuning code: mean of the patches"),
     "D19": (dict(stage=("pretrain", "semi")), "lomar_pairing", "all", None, "official",
@@ -237,7 +248,7 @@ DEPARTURES = {  # where, setting, recommended, paper, code (None: silent, as rec
 }
 
 _SMALL = dict(dec_dim=64, dec_depth=1, dec_heads=4, lomar_window=3, lomar_windows=2)  # 16 patches
-_DIGITS = dict(  # found on 1,000 held-out training images, see docs/results.md
+_DIGITS = dict(  # found on 1,000 held-out training images, see docs/semi_mae.md
     pretrain=dict(_SMALL, epochs=39, batch_size=256, lr=2e-3, warmup_epochs=2, crop_min=0.6,
                   decay_tokens=0),
     sup=dict(epochs=1000, batch_size=64, lr=2e-3, min_lr=2e-5, warmup_epochs=50, lr_span="stage",
@@ -334,9 +345,9 @@ def parse_args(argv=None):
 
 
 def percent(args):
-    """--labels, or its default; None where an absolute count or a list was given."""
+    """--labels, its default, or that of a published list; None for another list, or a count."""
     if args.num_labels or args.labels_file:
-        return None
+        return PUBLISHED.get(list_name(args.labels_file[0])) if args.labels_file else None
     return args.labels or (1 if args.dataset == "digits" else 10)
 
 
@@ -413,6 +424,18 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
     elif stage == "pretrain":
         raise UserError("--mim none: stage pretrain has nothing to learn from; mae or lomar")
     return s
+
+
+def plan(args, world_size: int) -> dict[str, SimpleNamespace]:
+    """The stages that these flags train, with all their settings. Raises UserError."""
+    settings = {x: derive(args, x, world_size) for x in stages_of(args)}
+    settings = {x: s for x, s in settings.items() if s.epochs > 0}
+    if not settings:
+        raise UserError(f"--stage {args.stage}, --method {args.method}, --epochs: no stage is left "
+                        "to train; raise --epochs or choose another stage")
+    if args.stage == "semi" and not args.init:
+        raise UserError("--stage semi: needs --init RUN, a run of stage sup, or pretrained weights")
+    return settings
 
 
 def shape_of(args) -> dict:
@@ -1182,7 +1205,8 @@ def run_stage(stage, model, moments, data, split, s, args, run, resume):
         unlabeled = Stream("semi/unlabeled", split.unlabeled, s.batch_u, args.seed)
         of_u = stream_loader(data.train, [views["weak"], views["strong"]], unlabeled, **how)
         batches = ((*b_l, *b_u) for b_l, b_u in zip(batches, of_u))
-    some_known = bool((data.train.targets[split.unlabeled] >= 0).any())
+        # Of own pictures none is known but the labelled ones, which say nothing of pseudo-labels.
+        known = bool((data.train.targets[split.unlabeled] >= 0).all())
     if resume:
         bad.seen.update(resume["bad_images"])
 
@@ -1207,14 +1231,12 @@ def run_stage(stage, model, moments, data, split, s, args, run, resume):
             else:
                 (seen_w, seen_s), y_u = of_u
                 x_w, x_s = images(seen_w), images(seen_s)
-                y_u = y_u.to(run.device, non_blocking=True)
                 draw = model.draw(len(x_w), run.device)
                 losses, y_hat, o = semi_step(student, x, y, x_w, x_s, s, run.precision, draw)
-                # The only use of unlabelled images' true labels, where known: two logged numbers.
-                right, sure = (y_hat == y_u) & (y_u >= 0), o > s.tau if s.tau_strict else o >= s.tau
-                sure = sure & (y_u >= 0)
-                if some_known:
-                    losses["pseudo_acc"] = right.sum() / (y_u >= 0).sum().clamp(min=1)
+                if known:  # the only use of unlabelled images' true labels: two logged numbers
+                    right = y_hat == y_u.to(run.device, non_blocking=True)
+                    sure = o > s.tau if s.tau_strict else o >= s.tau
+                    losses["pseudo_acc"] = right.sum() / len(right)
                     losses["kept_acc"] = (right & sure).sum() / sure.sum().clamp(min=1)
             run.precision.backward(losses["loss"] / args.accum_steps)
         parts.append({k: v.detach() for k, v in losses.items()})
@@ -1241,7 +1263,7 @@ def run_stage(stage, model, moments, data, split, s, args, run, resume):
         if printing or step == total:
             run.log.report(stage, step, images=s.batch_size + s.batch_u,
                            epoch=round(step / steps_per_epoch, 3), bad_images=len(bad.seen),
-                           lr=lr_at(step - 1, steps_per_epoch, s))
+                           lr=optimizer.param_groups[0]["lr"])
         if step in evaluate_at:
             before = time.perf_counter()
             measure = evaluate_branch if stage == "pretrain" else evaluate
@@ -1291,21 +1313,15 @@ def main(args):
         return evaluate_run(args, data, run)
 
     # What will be trained, on what
-    stages = stages_of(args)
-    settings = {x: derive(args, x, run.world) for x in stages}
-    stages = [x for x in stages if settings[x].epochs > 0]
-    if not stages:
-        raise UserError(f"--stage {args.stage}, --method {args.method}, --epochs: no stage is left "
-                        "to train; raise --epochs or choose another stage")
-    if args.stage == "semi" and not args.init:
-        raise UserError("--stage semi: needs --init RUN, a run of stage sup, or pretrained weights")
+    settings = plan(args, run.world)
+    stages = list(settings)
     if args.predict and stages[-1] == "pretrain":
         raise UserError("--predict: stage pretrain trains no classifier; add a stage, or leave it")
     pool = settings[stages[-1]].unlabeled_pool
     split = flags.choose_split(args, data, pool, 1 if args.dataset == "digits" else 10)
     if "semi" in stages and not len(split.unlabeled):
         raise UserError("--labels: no image is left unlabelled; lower it, or --unlabeled-pool all")
-    run.recipe = flags.mathematics(args, split.sha256, {x: settings[x] for x in stages})
+    run.recipe = flags.mathematics(args, split.sha256, settings)
 
     # A new run, or one that goes on
     state = None
@@ -1347,7 +1363,7 @@ def main(args):
     run.results = state["results"] if state else {}
     if kind:
         run.log.say(f"start: {args.init}, format {kind}")
-    greet(args, split, {x: settings[x] for x in stages}, run)
+    greet(args, split, settings, run)
 
     model, moments = None, {}
     for stage in stages:
@@ -1370,7 +1386,7 @@ def main(args):
         dist.barrier()
         dist.destroy_process_group()
     if run.rank == 0:
-        finish(args, data, split, {x: settings[x] for x in stages}, model, run)
+        finish(args, data, split, settings, model, run)
 
 
 def carry_weights(before: SemiMAE, model: SemiMAE):
@@ -1564,24 +1580,28 @@ def paper_args(args) -> SimpleNamespace:
     """The same flags on ImageNet from scratch with 10% of the labels, all that the paper has."""
     arch = "vit_small" if args.arch in ("vit_digits", "vit_tiny") else args.arch
     changed = dict(arch=arch, dataset="imagenet", labels=10, num_labels=None, labels_file=None,
-                   image_size=None, patch_size=None, init=None, pretrain=False)
+                   image_size=None, patch_size=None, holdout=0, pretrain=False,
+                   init="RUN" if args.stage == "semi" else None)  # of that arch
     return SimpleNamespace(**{**vars(args), **changed})
 
 
 def paper_number(args) -> float | None:
     """The paper's own top-1 for exactly these flags; None where it has none."""
-    others = ("init", "pretrain", "image_size", "patch_size", "unlabeled_pool", "holdout")
-    given = [n for n in (*SETTINGS, *others) if getattr(args, n)]
-    if given or args.follow != "recommended" or args.method != "semi_mae" or args.stage != "all":
+    given = any(getattr(args, n) for n in ("init", "pretrain", "labels_file", "holdout"))
+    if given or args.method != "semi_mae" or args.stage != "all":
         return None
-    return PAPER.get((args.dataset, args.arch, percent(args)), {}).get(args.mim)
+    free = (*SETTINGS, "unlabeled_pool", "image_size", "patch_size")
+    plain = SimpleNamespace(**{**vars(args), **dict.fromkeys(free), "follow": "recommended"})
+    run, row = ([shape_of(a), *({**vars(settings_of(a, x)), "sources": None}
+                                for x in ("sup", "semi"))] for a in (args, plain))
+    numbers = PAPER.get((args.dataset, args.arch, percent(args)), {})
+    return numbers.get(args.mim) if run == row else None
 
 
 def command_of(args) -> str:
     """The command with these flags."""
     parts = [f"python {SCRIPT}.py --dataset {args.dataset} --data-path DIR"]
     parts += [f"--init {args.init}"] if args.init else []
-    parts += ["--init RUN"] if args.stage == "semi" and not args.init else []
     parts += [f"--arch {args.arch} --labels {args.labels:g}"]
     parts += [f"--method {args.method}"] if args.method != "semi_mae" else []
     parts += [f"--stage {args.stage}"] if args.stage != "all" else []
@@ -1599,19 +1619,20 @@ def command_of(args) -> str:
 
 
 def dry_run(args) -> str:
-    """Two blocks: the run that these flags start, and the paper's row for this arch."""
+    """Two blocks: the run that these flags start, and the same on ImageNet, the paper's row."""
     lines = []
-    for title, a in (("this run", args), ("the paper's row", paper_args(args))):
+    for a in (args, paper_args(args)):
+        number = paper_number(a)
+        title = "the paper's row" if number else "these flags on ImageNet"
+        title = title if a is not args else "this run"
         share = (f"{percent(a):g}% of the labels" if percent(a)
                  else f"{a.num_labels or 'listed'} labels")
         lines.append(f"== {title}: {a.dataset}, {a.arch}, {share}, init {a.init or 'scratch'}, "
                      f"method {a.method}, branch {a.mim}")
-        lines += [f"   {command_of(a)}"] if title != "this run" else []
-        number = paper_number(a)
-        lines += [f"   the paper's own result: {number} top-1"] if number is not None else []
+        lines += [f"   {command_of(a)}"] if a is not args else []
+        lines += [f"   the paper's own result: {number} top-1"] if number else []
         lines.append(f"   recipe {recipe(a)[0]}: {recipe(a)[1]['source']}")
-        for stage in stages_of(a):
-            s = derive(a, stage, 1)
+        for stage, s in plan(a, 1).items():
             hidden = {"sources", "micro_batch", "batch_u", "epochs_before", "epochs_total"}
             branch = a.mim if has_branch(a, s, stage) else "none"
             hidden |= NOT_READ[stage] | (LOMAR_ONLY if branch != "lomar" else set())
@@ -1642,9 +1663,19 @@ def cost(args, s, num_classes: int, stage: str) -> dict[str, float]:
     return dict(flops=flops, kept=kept, fixed=whole["fixed"])
 
 
+def images_of_epoch(args, stage) -> int | None:
+    """How many images an epoch passes over; None where only the data can tell."""
+    _, _, classes, total = DATASETS[args.dataset]
+    total = total and max(0, total - args.holdout)
+    if stage == "pretrain":  # of two lists: those of both, and no others
+        return total if len(args.labels_file or ()) < 2 else None
+    listed = total and percent(args) and max(classes, round(total * percent(args) / 100))
+    return args.num_labels or listed
+
+
 def cost_lines(args, stage, s) -> list[str]:
     """Parameters, images, updates, arithmetic and memory of a stage, on one process."""
-    _, _, classes, total = DATASETS[args.dataset]
+    classes = DATASETS[args.dataset][2]
     model = on_meta(args, s, classes or 1000, stage)
     costs = cost(args, s, classes or 1000, stage)
     count = sum(p.numel() for p in model.parameters())
@@ -1652,10 +1683,9 @@ def cost_lines(args, stage, s) -> list[str]:
     decoder = sum(p.numel() for p in model.decoder.parameters()) if model.decoder else 0
     kept = costs["kept"] * (s.batch_size + s.batch_u) / args.accum_steps
     gib = [(costs["fixed"] + kept * share) / 2**30 for share in (1, 0.5)]
-    updates = ""
-    if total and (stage == "pretrain" or not args.labels_file):  # known without the data
-        labeled = args.num_labels or round(total * (percent(args) or 0) / 100)
-        steps = max(1, (total if stage == "pretrain" else labeled) // s.batch_size)
+    updates, passed = "", images_of_epoch(args, stage)
+    if passed:
+        steps = max(1, passed // s.batch_size)
         updates = f", {steps} updates per epoch, {steps * s.epochs:,} in all"
     images = {"pretrain": f"{s.batch_size} images", "sup": f"{s.batch_size} labelled images",
               "semi": f"{s.batch_size} labelled + {s.batch_u} unlabelled images"}[stage]

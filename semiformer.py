@@ -36,8 +36,8 @@ with --follow. The rest, decided once:
       depths exchange, the norms' epsilons, initial weights, AdamW and its constants, drop path, the
       order of the forwards, one BatchNorm for labelled and strong images, all augmentation numbers.
   E3  The class token gets no information from the other stream: it is added to itself instead, so
-      it doubles at every exchange (code). In the S-to-C unit BatchNorm comes before the upsampling
-      (code; Eq. 6: after it, which normalises to the same map).
+      it doubles at every exchange (code; in vit_vit nothing is added). In the S-to-C unit BatchNorm
+      comes before the upsampling (code; Eq. 6: after it, which normalises to the same map).
   E4  "Averaged predictions": the mean of logits is the headline (code), the mean of softmaxes is
       logged beside it. --pseudo-source fuse means logits, softmax_fuse probabilities.
   E5  No code was released for pit_conv, vit_vit and conv_conv: our design, see build_model. The
@@ -46,10 +46,13 @@ with --follow. The rest, decided once:
       which halves the loss and decays the idle stream.
   E7  An epoch is a pass over the labelled images; its length is that of the authors' processes
       (108 or 84 images each), however many there are here.
-  E8  BatchNorm normalises by one process's images (code); its running statistics are averaged over
-      the processes after each update, so that all evaluate and save with the same ones, and label
-      with the same ones but for what this step's own images moved.
+  E8  BatchNorm normalises by the images of one process and part: 108 in the authors' code, 432 in
+      the command above, or 108 with --accum-steps 4. Its running statistics are averaged over the
+      processes after each update, so that all evaluate and save with the same ones, and label with
+      the same ones but for what this step's own images moved.
   E9  The *_digits streams are ours: narrow, 4 depths, half the stem's stride, Xavier for attention.
+      So are the digits' views (labelled ones mildly affine, no flip) and that pictures under 64
+      pixels are not enlarged before a crop; RandAugment's posterize keeps one bit at least.
   E10 --mae-weight: Semi-MAE (Yu et al., 2023) adds its branch to Semiformer in one line of text, so
       the row cannot be repeated faithfully. Ours: hidden *pixels* become 0, as the stem would leak
       them; stem with BatchNorm's running statistics; the visible tokens through the attention
@@ -96,9 +99,11 @@ from common.streams import Stream, eval_loader, seed_of, stream_loader
 
 SCRIPT = "semiformer"
 STAGES = ("sup", "semi")
-PUBLISHED = {  # lists                                                                    [Sec. 5.1]
-    "Semiformer 10% (FixMatch's ImageNet split 1)": 10,
+PUBLISHED = {  # lists of ImageNet and their percentage; SimCLR's have no number of the paper's
+    "Semiformer 10% (FixMatch's ImageNet split 1)": 10,  # [Sec. 5.1]
     "Semiformer 5%": 5,
+    "SimCLR 10percent.txt": 10,
+    "SimCLR 1percent.txt": 1,
 }
 METHODS = {  # Tables 1 and 3
     "sup": {},  # stage sup alone; where both stages are one training, for all its epochs
@@ -210,21 +215,23 @@ SWITCHES = ("lr_lag", "exchange_act", "freeze_bn", "norm_pix_loss")
 SEMI_ONLY = BRANCH | {"unlabeled_ratio", "label_smoothing_u", "pseudo_source", "tau", "lambda_u",
                       "unlabeled_pool", "n_u"}
 
-_A = "Sec. 5.1; Table 3; GPUs from the authors' scripts"
 _MAIN = dict(sup=dict(batch_size=3456),
              semi=dict(batch_size=3456, epochs=570, unlabeled_ratio=7, label_smoothing_u=0.1),
              source="Sec. 5.1; authors' script of the 75.5")
-_R2 = dict(sup={}, semi={}, source=_A)
+_R2 = dict(sup={}, semi={}, source="Sec. 5.1; Table 3; GPUs from the authors' scripts")
 _MIXER = dict(batch_size=1344, batch_group=84)
+_DECODER = dict(dec_dim=64, dec_depth=1, dec_heads=4)  # of --mae-weight, beside a small network
 _DIGITS = dict(  # found on 1,000 held-out training images, see docs/results.md
     sup=dict(epochs=500, batch_size=64, batch_group=0, lr=3e-3, warmup_epochs=20, schedule="each",
              drop_path=0.0, label_smoothing=0.0, reprob=0.0),
     semi=dict(epochs=120, batch_size=96, batch_group=0, lr=2e-3, warmup_epochs=5,
               schedule="each", drop_path=0.0, label_smoothing=0.0, reprob=0.0, tau=0.9,
-              lambda_u=2.0, crop_min=0.6, dec_dim=64, dec_depth=1, dec_heads=4),
+              lambda_u=2.0, crop_min=0.6, **_DECODER),
     source="measured here")
-_DIGITS_LARGE = dict(sup=dict(_DIGITS["sup"], lr=3e-4), semi=dict(_DIGITS["semi"], lr=3e-4),
-                     source="as for the small ones, smaller steps; not tuned")
+_DIGITS_LARGE = dict(
+    sup=dict(_DIGITS["sup"], lr=3e-4),
+    semi={k: v for k, v in _DIGITS["semi"].items() if k not in _DECODER} | dict(lr=3e-4),
+    source="as for the small ones, smaller steps; not tuned")
 _OWN = dict(  # a folder of one's own has few labels: batches for one GPU
     sup=dict(batch_size=108), semi=dict(batch_size=108), source="as R2, one GPU; not tuned")
 _CIFAR = dict(sup=dict(batch_size=108, crop_min=0.35),
@@ -235,7 +242,7 @@ _CIFAR_SMALL = dict(  # minutes on a CPU; found on 5,000 held-out pictures, see 
              lr_lag=0, drop_path=0.0, label_smoothing=0.0, reprob=0.0, crop_min=0.5),
     semi=dict(epochs=8, batch_size=128, batch_group=0, unlabeled_ratio=1, lr=1e-3, warmup_epochs=0,
               schedule="each", lr_lag=0, drop_path=0.0, label_smoothing=0.0, reprob=0.0, tau=0.8,
-              lambda_u=1.0, crop_min=0.5), source="measured here")
+              lambda_u=1.0, crop_min=0.5, **_DECODER), source="measured here")
 _CIFAR_SMALL_1 = dict(  # the same with 500 labels; one cosine over both stages, as in the paper
     sup=dict(_CIFAR_SMALL["sup"], epochs=90, warmup_epochs=5, crop_min=0.35, schedule="one"),
     semi=dict(_CIFAR_SMALL["semi"], epochs=90, batch_size=256, unlabeled_ratio=3, lr=3e-3,
@@ -351,7 +358,7 @@ def parse_args(argv=None):
     add("--pos-embed", type=int, choices=(0, 1), default=0,
         help="1: learnable position embedding, for one image size [authors' code: 0]")
     add("--init", metavar="FILE", help="weights to start from: the authors' checkpoint, or a run "
-        "of this project [README]")
+        "of this script [README]")
     add("--attention", metavar="PATH", help="picture or folder: attention maps of the transformer "
         "stream, at the end or with --eval RUN [Fig. 4]")
     add("--compare", metavar="RUN", help="with --eval and --attention: a second run's maps below "
@@ -415,8 +422,8 @@ def recipe_name(args) -> str:
         return fits[args.dataset, percent(args)]
     if "convmixer" in args.arch:
         return "R5"
-    given = args.pseudo_source and set(args.pseudo_source.values()) != {"conv"}
-    headline = (args.arch, args.method) == ("vit_conv", "semiformer") and not given
+    usual = (args.pseudo_source or {}).get("semi", "conv") == "conv" and args.fuse != 0
+    headline = (args.arch, args.method) == ("vit_conv", "semiformer") and usual
     return "R1" if headline else "R2"
 
 
@@ -428,15 +435,17 @@ def recipe(args):
         labels = {"R3": 5, "R4": 20, "R6": 5}.get(name, 10)
     for special in ((args.arch, name, labels), (None, name, labels), (None, name, None),
                     (None, None, None)):
-        if (args.dataset, *special) in RECIPES:
-            return (args.dataset, *special), RECIPES[(args.dataset, *special)]
+        for key, row in RECIPES.items():  # its own key: 10, where --labels says 10.0
+            if key == (args.dataset, *special):
+                return key, row
 
 
 def resolve(args, stage: str) -> SimpleNamespace:
     """The settings of a stage, with `sources`, before anything is derived from them."""
     _, row = recipe(args)
     layers = [("default [authors' code]", dict(unlabeled_pool="all")), (row["source"], row[stage])]
-    if args.method == "sup" and row["sup"].get("schedule") != "each":  # R7    [Table 3's caption]
+    schedule = (args.schedule or {}).get("sup", row["sup"].get("schedule"))
+    if args.method == "sup" and schedule != "each":  # R7                      [Table 3's caption]
         whole = SETTINGS["epochs"][1] | {x: row[x]["epochs"] for x in STAGES if "epochs" in row[x]}
         layers.append(("--method sup: all epochs", dict(epochs=sum(whole.values()))))
     facts = dict(dataset=args.dataset, arch=args.arch, init=None, labels=percent(args), stage=stage)
@@ -1092,7 +1101,7 @@ def as_heads(logits: Tensor) -> Tensor:
 # Published formats: the keys to enter in turn, then patterns of parameter names with replacements.
 FORMATS = {
     "semiformer": (["model"], [(r"module\.(.*)", r"\1")]),  # the authors' checkpoint
-    "run": (["model"], []),  # checkpoint.pt of this project
+    "run": (["model"], []),  # checkpoint.pt of this script
 }
 
 
@@ -1883,7 +1892,7 @@ def paper_args(args) -> SimpleNamespace:
     allowed = (5,) if dataset == "places205" else (5, 10, 20)
     changed = dict(arch=arch, dataset=dataset, init=None, num_labels=None, labels_file=None,
                    image_size=None, recipe=None if args.recipe == "digits" else args.recipe,
-                   accum_steps=1)  # parts are made of this run's batch
+                   holdout=0, accum_steps=1)  # parts are made of this run's batch
     paper = SimpleNamespace(**{**vars(args), **changed})
     labels = percent(args) or recipe(args)[0][3]
     paper.labels = labels if labels in allowed else default_percent(paper)
@@ -1891,22 +1900,31 @@ def paper_args(args) -> SimpleNamespace:
 
 
 def paper_number(args) -> str | None:
-    """The paper's own top-1 for exactly these flags, as text; None where it has none."""
-    branch = (args.mae_weight or {}).get("semi", 0.0)
-    given = {n for n in SETTINGS if getattr(args, n)} - {"pseudo_source", "mae_weight"}
-    others = args.pos_embed or args.image_size or args.unlabeled_pool or args.init
-    if given or others or args.follow != "recommended":
+    """The paper's own top-1 for what these flags compute, as text; None where it has none."""
+    listed = args.labels_file and (list_name(args.labels_file[0]) or "another")
+    if listed and not listed.startswith("Semiformer") or args.holdout or args.init:
         return None
-    if args.fuse != int(len(ARCHS[args.arch]) == 2 and args.method != "conv_labeled"):
+    if args.pos_embed or args.image_size not in (None, DATASETS[args.dataset][0]):
         return None
-    method, source = args.method, ""
-    if args.stage == "sup" and method != "sup":
+    if args.stage == "sup" and args.method != "sup":
         return None  # the first 30 epochs of a training
-    if method != "sup":
-        source = (args.pseudo_source or {}).get("semi", "conv")
-    more = ", with the published list" if args.labels_file else ""  # another has no percentage
-    key = (args.dataset, args.arch, method, source, percent(args), recipe_name(args))
-    if branch and method != "sup":
+    bare = SimpleNamespace(**{**vars(args), **dict.fromkeys(SETTINGS), "unlabeled_pool": None,
+                              "follow": "recommended", "recipe": recipe_name(args)})
+    of_semi = resolve(args, "semi")
+    method, source, branch = args.method, of_semi.pseudo_source, of_semi.mae_weight
+    if method == "sup":
+        source, branch = "", 0.0
+    elif method != "vanilla":  # what sets the two apart
+        method = "semiformer" if args.fuse else "conv_labeled"
+    for stage in STAGES[: 1 if method == "sup" else 2]:
+        now, row = (vars(resolve(a, stage)) for a in (args, bare))
+        free = {"pseudo_source", "mae_weight"} | (set() if branch else BRANCH)  # are in the key
+        free = SEMI_ONLY if stage == "sup" else free  # what this stage has no use for
+        if any(now[k] != row[k] for k in now.keys() - free - {"sources"}):
+            return None
+    more = ", with the published list" if listed else ""
+    key = (args.dataset, args.arch, method, source, percent(args), bare.recipe)
+    if branch:
         fits = branch == 5.0 and key == ("imagenet", "vit_conv", *_FULL, 10, "R1")
         return f"{PAPER_MAE} top-1 (Semi-MAE's, E10){more}" if fits else None
     if key not in PAPER:
@@ -1991,9 +2009,9 @@ def cost_lines(args, stage, s) -> list[str]:
     gib = [(costs["fixed"] + kept * share) / 2**30 for share in (1, 0.5)]
     updates = ""
     if total and (args.num_labels or percent(args)):  # known without the data
-        exact = {("imagenet", 10): 128116, ("imagenet", 5): 64058}  # the published lists
-        labeled = exact.get((args.dataset, percent(args)),
-                            round(total * (percent(args) or 0) / 100))
+        exact = {("imagenet", 10, 0): 128116, ("imagenet", 5, 0): 64058}  # the published lists
+        labeled = exact.get((args.dataset, percent(args), args.holdout),
+                            round((total - args.holdout) * (percent(args) or 0) / 100))
         steps = updates_per_epoch(args.num_labels or labeled, s)
         updates = f", {steps} updates per epoch, {steps * s.epochs:,} in all"
     decoder = ""

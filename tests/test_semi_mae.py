@@ -26,7 +26,7 @@ from torchvision import transforms as T
 
 import semi_mae as M
 import semi_vit
-from common import checkpoint
+from common import checkpoint, split_lists
 from common.amp import Precision
 from common.splits import UserError
 from common.streams import seed_everything
@@ -279,14 +279,17 @@ def test_parity_lomar_windows_official_pairing(stored, sub):  # [17]
 
 @pytest.mark.parametrize("sub", ["N3_M2", "N4_M2"])
 def test_parity_lomar_windows_row_by_row(stored, sub):
-    """The default pairing gives the same rows when asked for one image and one window at a time."""
+    """The default pairing has the rows of theirs in another order: image 0 through all windows,
+    then image 1; theirs (row r: image r mod N, window r mod 2) lack half of the pairs for N = 4."""
     c, s = stored["lomar_windows"], stored["lomar_windows"][sub]
     n, grid, _, dim = s["x"].shape
+    image_ids, ids = M.lomar_windows(n, grid, 7, s["top"], s["left"])
+    assert image_ids.tolist() == [i for i in range(n) for _ in range(2)]
     for r in range(n * 2):
         w, i = r % 2, r % n
-        image_ids, ids = M.lomar_windows(1, grid, 7, s["top"][w : w + 1], s["left"][w : w + 1])
-        assert image_ids.tolist() == [0] and torch.equal(ids[0], s["patch_ids"][r].long())
-        tokens = s["x"][i].view(1, -1, dim).gather(1, ids[:, :, None].expand(-1, -1, dim))
+        mine = ids[2 * i + w]
+        assert torch.equal(mine, s["patch_ids"][r].long())
+        tokens = s["x"][i].view(1, -1, dim).gather(1, mine[None, :, None].expand(-1, -1, dim))
         x, mask = M.lomar_masking(tokens, c["mask_token"], 0.8, s["noise"].view(-1, 49)[r : r + 1])
         torch.testing.assert_close(x[0], s["x_masked"][r], **TIGHT)
         assert torch.equal(mask[0].bool(), s["mask"][r])
@@ -363,6 +366,27 @@ def test_lengths_of_the_sequences():  # [1]
         and pred.shape == target.shape == (8, 49, 768)
         and mask.sum(1).eq(39).all()
     )
+
+
+@pytest.mark.parametrize("mim, rows", [("mae", (5, 16)), ("lomar", (10, 9))])
+def test_each_row_of_the_branch_is_masked_by_its_own_draw(mim, rows):
+    noise = tiny(mim=mim)[0].draw(5, "cpu")["noise"]
+    assert noise.shape == rows and len(noise.unique(dim=0)) == len(noise)
+
+
+def test_reconstruction_by_hand():
+    """Embed with positions, gather the four patches of smallest noise, encode, decode."""
+    m, _ = tiny()
+    x, draw, (cls, pos) = torch.randn(2, 3, 28, 28), m.draw(2, "cpu"), (
+        m.vit.cls_token, m.vit.pos_embed)
+    order = draw["noise"].argsort(1)
+    patches = m.vit.patch_embed(x) + pos[:, 1:]
+    z = torch.stack([torch.cat([(cls + pos[:, :1])[0], patches[i, order[i, :4]]])
+                     for i in range(2)])
+    for block in m.vit.blocks:
+        z = block(z)
+    want = m.decoder(m.vit.norm(z), order.argsort(1))
+    torch.testing.assert_close(m.reconstruct(x, draw)[0], want, **FP)
 
 
 def test_position_rows_by_hand():  # [3]
@@ -518,7 +542,8 @@ def test_a_branch_or_a_shape_that_does_not_fit_is_refused_by_its_flag(flags, sai
 
 def test_a_flag_that_a_stage_does_not_read_leaves_its_settings_alone():
     for stage, flags in {
-        "pretrain": "--tau 0.9 --lambda-u 3 --drop-path 0.5 --pool avg --reprob 1 --ema-decay 0.9",
+        "pretrain": "--tau 0.9 --lambda-u 3 --drop-path 0.5 --pool avg --reprob 1 --ema-decay 0.9"
+                    " --lr-span run",
         "sup": "--tau 0.9 --mae-weight 3 --mask-ratio 0.5 --norm-pix-loss 1 --lomar-window 2",
     }.items():
         before, after = derived(IMAGENET, stage), derived(f"{IMAGENET} {flags}", stage)
@@ -778,22 +803,53 @@ def test_pretraining_beside_another_stage_alone_is_refused(stage, capsys):
     assert f"--pretrain: --stage {stage} trains that stage alone" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("epochs", ["sup=0", "sup=1"])
-def test_moments_go_on_from_stage_sup_alone(epochs, tmp_path, monkeypatch):  # E5
+def main_without_training(text, tmp_path, monkeypatch):
+    """What main hands to each stage, whose training only adds 1 to every weight: by stage the
+    weights before and after, the moments, the split."""
     got = {}
 
-    def run_stage(stage, model, moments, *_):
-        got[stage] = moments
+    def run_stage(stage, model, moments, data, split, *_):
+        before = copy.deepcopy(model.state_dict())
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 1
+        after = copy.deepcopy(model.state_dict())
+        got[stage] = types.SimpleNamespace(before=before, after=after, moments=moments, split=split)
         return {"of": stage}
 
     monkeypatch.setattr(M, "run_stage", run_stage)
     monkeypatch.setattr(M.checkpoint, "StopSignal", lambda: None)
     for name in ("publish", "finish"):
         monkeypatch.setattr(M, name, lambda *_: None)
-    flags = f"--pretrain --epochs pretrain=1,semi=1,{epochs} --lr-span run --output {tmp_path}/run"
-    M.main.__wrapped__(parse(flags))
-    assert got.pop("pretrain") == {} and got["semi"] == ({"of": "sup"} if "sup" in got else {})
-    assert got.get("sup", {}) == {} and ("sup" in got) == (epochs == "sup=1")
+    M.main.__wrapped__(parse(f"{text} --output {tmp_path}/run"))
+    return got
+
+
+@pytest.mark.parametrize("epochs", ["sup=0", "sup=1"])
+def test_what_goes_on_into_the_next_stage(epochs, tmp_path, monkeypatch):  # E5, E6
+    """Moments from stage sup alone, and all weights but the decoder's, which start anew."""
+    flags = f"--pretrain --epochs pretrain=1,semi=1,{epochs} --lr-span run"
+    got = main_without_training(flags, tmp_path, monkeypatch)
+    assert list(got) == (["pretrain", "sup", "semi"] if epochs == "sup=1" else ["pretrain", "semi"])
+    last = None
+    for stage, one in got.items():
+        assert one.moments == ({"of": "sup"} if stage == "semi" and "sup" in got else {})
+        torch.manual_seed(M.seed_of(0, "model", stage))
+        new = M.build_model(parse(), derived("", stage), 10, stage).state_dict()
+        for k, v in one.before.items():
+            goes_on = last is not None and not k.startswith("decoder.")
+            assert torch.equal(v, (last.after if goes_on else new)[k]), (stage, k)
+        last = one
+    assert any(k.startswith("decoder.") for k in got["semi"].before)
+
+
+@pytest.mark.parametrize("flags, said, count", [
+    ("", "8000 unlabelled", 8000), ("--unlabeled-pool rest", "7920 unlabelled", 7920),
+    ("--follow D4=paper", "7920 unlabelled", 7920)])
+def test_the_pool_of_a_run_is_the_one_that_was_asked_for(
+        flags, said, count, tmp_path, monkeypatch):  # D4
+    split = main_without_training(f"{flags} --epochs 1", tmp_path, monkeypatch)["semi"].split
+    assert said in split.describe() and len(split.unlabeled) == count
 
 
 def test_one_cosine_spans_both_stages():  # D6
@@ -882,6 +938,24 @@ def test_the_branch_leaves_the_other_losses_alone():
         assert out["loss_l"] == plain["loss_l"] and out["loss_u"] == plain["loss_u"]
         want = plain["loss_l"] + 10 * plain["loss_u"] + mu * out["loss_mae"]
         torch.testing.assert_close(out["loss"].detach(), want, **TIGHT)  # [10]
+
+
+def test_the_steps_read_their_settings():
+    """A confidence that ties with tau (D2), label smoothing (D8), the normalised target (D9)."""
+    m, s = tiny(label_smoothing=0.1)
+    (x_l, y_l, x_w, x_s), draw = batch(), m.draw(12, "cpu")
+    s.tau = m.classify(x_w).softmax(-1).max().item()
+    pred, target, mask, *_ = m.reconstruct(x_w, draw)
+    for strict, norm_pix in ((0, 1), (1, 0)):
+        s.tau_strict, s.norm_pix_loss = strict, norm_pix
+        out = M.semi_step(m, x_l, y_l, x_w, x_s, s, FP32, draw)[0]
+        assert out["kept"].item() == pytest.approx((1 - strict) / 12)
+        want = M.mae_loss(pred, target, mask, bool(norm_pix))
+        for got in (out, M.mae_step(m, x_w, s, FP32, draw)):
+            torch.testing.assert_close(got["loss_mae"], want)
+        want = F.cross_entropy(m.classify(x_l), y_l, label_smoothing=0.1)
+        for got in (out, M.sup_step(m, x_l, y_l, s, FP32)):
+            torch.testing.assert_close(got["loss_l"], want, **FP)
 
 
 @pytest.mark.parametrize("mim", ["mae", "lomar"])
@@ -1059,6 +1133,111 @@ def test_one_graph(mim):
     assert all(v is not None for v in grads(m).values())
 
 
+# ===== the loop ===================================================================================
+
+COLOURS = dict(labeled=1, weak=2, strong=3, mae=4, evaluate=5)
+
+
+class Notes:
+    """A log that keeps the numbers of each update, and the learning rates that it is told."""
+
+    def __init__(self):
+        self.numbers, self.lr = [], []
+
+    def wait(self, batches):
+        return batches
+
+    def add(self, step, numbers):
+        self.numbers.append({k: v.item() for k, v in numbers.items()})
+
+    def report(self, stage, step, lr, **_):
+        self.lr.append(lr)
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+def train(stage, text, monkeypatch, targets=None, found=None):
+    """run_stage on 8 labelled and all of 48 digits, each view a picture of its own colour.
+
+    targets: the true labels, instead of the digits' own; found: pseudo-labels and confidence,
+    instead of the model's. Returns the log, the optimiser, the settings, and of each step its
+    arguments and the optimiser's learning rates."""
+    data, args = M.load_dataset("digits", None), parse(f"--print-every 1 --evals 1 {text}")
+    data.train.targets = data.train.targets if targets is None else targets
+    s, seen, made = M.derive(args, stage, 1), [], []
+    name, adamw = dict(pretrain="mae_step").get(stage, f"{stage}_step"), torch.optim.AdamW
+    step = getattr(M, name)
+
+    def spy(model, *rest):
+        seen.append((rest, [g["lr"] for g in made[0].param_groups]))
+        out = step(model, *rest)
+        return out if found is None else (out[0], *found)
+
+    def flat(value):
+        return lambda _: (torch.full((3, 28, 28), value, dtype=torch.uint8), torch.zeros(4))
+
+    monkeypatch.setattr(M, name, spy)
+    adam = lambda *a, **k: made.append(adamw(*a, **k)) or made[0]  # noqa: E731
+    monkeypatch.setattr(torch.optim, "AdamW", adam)
+    monkeypatch.setattr(M, "view_lists", lambda *_: {k: [flat(v)] for k, v in COLOURS.items()})
+    for other in ("evaluate", "evaluate_branch", "draw_reconstructions"):
+        monkeypatch.setattr(M, other, lambda *_: {})
+    monkeypatch.setattr(M, "save", lambda *_: None)
+    run = types.SimpleNamespace(
+        rank=0, world=1, device=torch.device("cpu"), device_ids=None, image_size=28, workers=0,
+        precision=Precision(torch.device("cpu"), "fp32"), log=Notes(), results={}, folder=None,
+        stop=types.SimpleNamespace(asked=lambda: 0),
+        stats=torch.stack([torch.zeros(3, 1, 1), torch.ones(3, 1, 1)]))
+    split = types.SimpleNamespace(labeled=np.arange(8), unlabeled=np.arange(48))
+    torch.manual_seed(0)
+    model = M.build_model(args, s, 10, stage)
+    M.run_stage(stage, model, {}, data, split, s, args, run, None)
+    monkeypatch.undo()
+    return types.SimpleNamespace(log=run.log, optimizer=made[0], s=s, steps=seen, model=model)
+
+
+def test_each_view_reaches_its_place(monkeypatch):
+    flags = "--batch-size pretrain=16,sup=4,semi=4 --unlabeled-ratio semi=2 --epochs 1"
+    for stage, views in dict(pretrain=["mae"], sup=["labeled"],
+                             semi=["labeled", "weak", "strong"]).items():
+        for arguments, _ in train(stage, flags, monkeypatch).steps:
+            pictures = [x for x in arguments if torch.is_tensor(x) and x.ndim == 4]
+            assert [x.unique().tolist() for x in pictures] == [[COLOURS[v]] for v in views]
+
+
+@pytest.mark.parametrize("stage", M.STAGES)
+def test_the_optimiser_has_the_settings_and_the_rate_of_each_update(stage, monkeypatch):
+    flags = "--batch-size pretrain=16,sup=4,semi=4 --unlabeled-ratio semi=2 --warmup-epochs 1"
+    flags = f"{flags} --epochs 3 --beta2 0.7 --weight-decay 0.3 --lr-each step"
+    per_epoch = 3 if stage == "pretrain" else 2  # of 48 pictures, of 8
+    for decay_tokens in (0, 1):
+        got = train(stage, f"{flags} --decay-tokens {decay_tokens}", monkeypatch)
+        want = [M.lr_at(k, per_epoch, got.s) for k in range(3 * per_epoch)]
+        assert [rates for _, rates in got.steps] == [[lr, lr] for lr in want] and len(set(want)) > 3
+        assert got.log.lr == want
+        token = got.model.vit.cls_token
+        for group in got.optimizer.param_groups:
+            assert group["betas"] == (0.9, 0.7) and group["eps"] == 1e-8
+            if any(p is token for p in group["params"]):
+                assert group["weight_decay"] == 0.3 * decay_tokens
+
+
+def test_pseudo_labels_are_measured_where_all_the_truth_is_known(monkeypatch):
+    """Of own pictures the labelled ones alone have a label, which stage sup has taught already."""
+    flags = "--batch-size 4 --unlabeled-ratio semi=2 --epochs 1 --tau 0.5"
+    y_hat = torch.tensor([3, 3, 3, 1, 1, 1, 1, 1])
+    found = y_hat, torch.tensor([0.9, 0.5, 0.1, 0.9, 0.1, 0.1, 0.1, 0.1])
+    all_of_class_3 = np.full(8000, 3)
+    for strict, kept_acc in ((0, 2 / 3), (1, 1 / 2)):
+        got = train("semi", f"{flags} --tau-strict {strict}", monkeypatch, all_of_class_3, found)
+        for line in got.log.numbers:
+            assert line["pseudo_acc"] == 3 / 8 and line["kept_acc"] == pytest.approx(kept_acc)
+    own = np.where(np.arange(8000) < 8, 3, -1)
+    for line in train("semi", flags, monkeypatch, own).log.numbers:
+        assert "kept" in line and not line.keys() & {"pseudo_acc", "kept_acc"}
+
+
 # ===== the picture ================================================================================
 
 
@@ -1196,7 +1375,10 @@ def test_views_of_small_pictures_never_fail(size):
         for stage in M.STAGES:
             for steps in views(text, stage, dataset, pixels).values():
                 image, box = T.Compose(steps)(Image.new("RGB", size))
-                assert image.shape == (3, pixels, pixels) or dataset == "digits"
+                square = image.shape == (3, pixels, pixels)
+                if dataset == "digits" and size[0] != size[1]:  # digits are square: no crop
+                    square = min(image.shape[1:]) == pixels
+                assert square, (dataset, stage, image.shape)
 
 
 # ===== dry runs: the rows of Tables 1 (ours) and 3 ================================================
@@ -1236,9 +1418,39 @@ def test_dry_run_counts_the_arithmetic_by_hand():
 @pytest.mark.parametrize("flags", ["--method fixmatch", "--mim none", "--tau 0.9", "--labels 1",
                                    "--arch vit_base", "--init mae.pth", "--pretrain",
                                    "--unlabeled-pool rest", "--stage sup", "--method mae",
-                                   "--follow code", "--follow D1=paper", "--holdout 9"])
+                                   "--follow code", "--follow D1=paper", "--holdout 9",
+                                   "--epochs sup=30", "--lr-per-256 1e-4", "--image-size 112",
+                                   "--patch-size 8", "--num-labels 128000", "--labels-file L"])
 def test_what_the_paper_does_not_have_shows_no_number(flags):
     assert M.paper_number(parse(f"{IMAGENET} {flags}")) is None
+
+
+@pytest.mark.parametrize("flags", ["--lambda-u 10 --tau 0.7", "--epochs semi=600,sup=100",
+                                   "--unlabeled-pool all", "--image-size 224 --patch-size 16",
+                                   "--follow D7=paper,D4=code", "--lomar-windows 4",
+                                   "--epochs pretrain=7"])
+def test_a_flag_that_repeats_the_recipe_keeps_the_number(flags):
+    assert M.paper_number(parse(f"{IMAGENET} {flags}")) == 75.9
+    assert M.paper_number(parse(f"{IMAGENET} {flags} --mim lomar")) == 76.0
+
+
+def test_a_published_list_has_the_recipe_of_its_percentage_without_the_number(
+        tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("n01440764_1.JPEG\nn01440764_2.JPEG\n")
+    monkeypatch.chdir(tmp_path)
+    listed = f"{IMAGENET} --labels-file mine.txt"
+    assert M.percent(parse(listed)) is None
+    key = split_lists.fingerprint(["n01440764_1", "n01440764_2"])
+    for name, labels in M.PUBLISHED.items():
+        assert name in split_lists.KNOWN.values()
+        monkeypatch.setitem(split_lists.KNOWN, key, name)
+        M.list_name.cache_clear()
+        args, same = parse(listed), parse(f"{IMAGENET} --labels {labels}")
+        assert M.recipe(args) == M.recipe(same) and M.paper_number(args) is None
+        for stage in M.STAGES:
+            assert vars(M.derive(args, stage, 1)) == vars(M.derive(same, stage, 1))
+        assert M.images_of_epoch(args, "sup") == round(12811.67 * labels)
+    M.list_name.cache_clear()
 
 
 def test_dry_run_on_digits_shows_the_papers_row_too():
@@ -1266,6 +1478,39 @@ def test_dry_run_does_not_guess_the_length_of_a_list():
     text = M.dry_run(parse(f"{IMAGENET} --labels-file L")).split("== the paper's row")[0]
     assert "updates per epoch" not in text and "listed labels" in text
     assert "312 updates per epoch" in M.dry_run(parse(f"{IMAGENET} --labels-file L --method mae"))
+    text = M.dry_run(parse(f"{IMAGENET} --labels-file L U --method mae"))
+    assert "updates per epoch" not in text.split("== these flags")[0]  # those of L and U alone
+
+
+@pytest.mark.parametrize("flags, updates", [  # of 100 images, of 8 labelled ones
+    ("--holdout 4000", (40, 5)), ("--labels 0.01", (80, 1)),  # one of each class at least
+    ("--num-labels 200", (80, 25)), ("--labels 100 --holdout 100", (79, 987))])
+def test_dry_run_counts_the_updates_of_the_run(flags, updates):
+    args = parse(f"{flags} --epochs 3 --batch-size pretrain=100,sup=8,semi=8")
+    for stage, count in zip(("pretrain", "sup"), updates):
+        text = "".join(M.cost_lines(args, stage, M.derive(args, stage, 1)))
+        assert f", {count} updates per epoch, {3 * count:,} in all" in text
+    assert M.images_of_epoch(parse("--holdout 9000"), "sup") == 0  # the run is refused
+    assert M.images_of_epoch(parse("--dataset imagenet --labels 0.001"), "sup") == 1000
+
+
+@pytest.mark.parametrize("flags, said", [("--method sup --stage semi", "no stage is left to train"),
+                                         ("--epochs 0", "no stage is left to train"),
+                                         ("--stage semi", "--stage semi: needs --init RUN")])
+def test_a_dry_run_refuses_what_the_run_refuses(flags, said):
+    for call in (M.dry_run, M.main.__wrapped__):
+        with pytest.raises(UserError, match=said):
+            call(parse(flags))
+
+
+def test_dry_run_names_the_papers_row_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(M, "cost_lines", lambda *_: [])
+    for flags, rows in (("", 1), ("--mim lomar", 1), ("--method fixmatch", 0), ("--tau 0.9", 0),
+                        ("--stage semi --init old", 0), ("--holdout 9", 1)):
+        text = M.dry_run(parse(flags))
+        assert text.count("== the paper's row:") == text.count("the paper's own result") == rows
+        assert text.count("== these flags on ImageNet:") == 1 - rows, flags
+    assert "init RUN," in M.dry_run(parse("--stage semi --init old")).split("\n== ")[1]
 
 
 def test_the_command_on_imagenet_keeps_every_flag_that_changes_the_numbers():
@@ -1338,13 +1583,18 @@ def test_evaluation_of_a_pretrained_run_repeats_its_loss(mae_run, tiny, tmp_path
 def test_pretrained_weights_start_both_scripts(script, mae_run, tiny, tmp_path):  # noqa: F811
     """Stage 1 of Semi-ViT's pipeline where no published weights fit."""
     file = mae_run[1] / "mae_pretrain_vit_digits.pth"
-    argv = f"{RUN} --method sup --epochs 2 --batch-size 4 --lr 1e-3 --init {file}"
-    argv = argv.replace(BRANCH, "--workers 0").format(tiny=tiny).split()
-    assert f"start: {file}, format mae" in ends(script, argv, tmp_path).out
-    state = checkpoint.load_newest(only_run(tmp_path))["model"]
-    prefix = "vit." if script == "semi_mae" else ""
-    moved = not torch.equal(state[prefix + "pos_embed"], M.sincos_pos_embed(64, 4))
-    assert moved == (script == "semi_vit")  # Semi-ViT: learnable once pretrained; here: fixed
+    given = torch.load(file, weights_only=True)["model"]
+    for lr in ("0 --min-lr 0 --warmup-epochs 0", "1e-3"):
+        argv = f"{RUN} --method sup --epochs 2 --batch-size 4 --init {file} --lr {lr}"
+        argv = argv.replace(BRANCH, "--workers 0").format(tiny=tiny).split()
+        cwd = tmp_path / lr[:2].strip()
+        assert f"start: {file}, format mae" in ends(script, argv, cwd).out
+        state = checkpoint.load_newest(only_run(cwd))["model"]
+        for name, value in given.items():  # positions: Semi-ViT trains them once pretrained
+            fixed = lr[0] == "0" or (script, name) == ("semi_mae", "pos_embed")
+            if script == "semi_mae" or not name.startswith("norm."):
+                mine = state[f"vit.{name}" if script == "semi_mae" else name]
+                assert torch.equal(mine, value) == fixed, (lr, name)
 
 
 def test_semi_vit_names_the_file_to_give_in_the_place_of_the_run(mae_run):
