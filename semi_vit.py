@@ -1548,11 +1548,12 @@ def cost_lines(args, stage, s) -> list[str]:
     gib = [(costs["fixed"] + kept * share) / 2**30 for share in (1, 0.5)]
     updates = ""
     if total and not args.labels_file:  # known without the data
-        exact = {("imagenet", 1): 12820, ("imagenet", 10): 128118}  # App. A, Dataset Sampling
-        labeled = exact.get((args.dataset, percent(args)),
-                            round(total * (percent(args) or 0) / 100))
+        images = total - args.holdout
+        exact = {("imagenet", 1, 0): 12820, ("imagenet", 10, 0): 128118}  # App. A, Dataset Sampling
+        labeled = exact.get((args.dataset, percent(args), args.holdout),
+                            round(images * (percent(args) or 0) / 100))
         labeled = args.num_labels or labeled
-        pool = total - labeled * (s.unlabeled_pool == "rest")
+        pool = images - labeled * (s.unlabeled_pool == "rest")
         steps = max(1, labeled // s.batch_size if stage == "sup" else pool // n_u)
         updates = f", {steps} updates per epoch, {steps * s.epochs:,} in all"
     return [f"  parameters {count:,}, of which {count - fixed:,} are trained",

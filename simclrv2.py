@@ -35,24 +35,32 @@ Departures. D1 to D5, where paper and authors' code disagree, are the table DEPA
 with --follow. The rest, decided once:
   E1  The loss is the sum of both sides, twice the mean of Eq. 1 over the 2N views (code).
   E2  Temperature 0.1, 128 outputs, BatchNorm but no bias in g, no beta in its last, the trust
-      coefficient 0.001, the zero-initialised last BatchNorm of a branch: code, the paper is silent.
+      coefficient 0.001; convolutions start from a truncated normal of variance 1 / fan-in, dense
+      layers from N(0, 0.01^2), the last BatchNorm of a branch from 0: code, the paper is silent.
   E3  Pixels stay in [0, 1], without mean and deviation (code; the released weights expect it).
-  E4  Crop and colour are torchvision's. The code's crops are smaller (mean area 0.39 to 0.43 on
-      375 x 500), its contrast turns about each channel's mean, its saturation is that of HSV; its
-      resizing is not antialiased. None of it is a switch.
+  E4  Crop and colour are torchvision's. The code's crops are smaller (on 375 x 500 a mean area of
+      0.39, torchvision's 0.43), its contrast turns about each channel's mean, its saturation is
+      that of HSV; its resizing is not antialiased. None of it is a switch.
   E5  Blur as in the code: one sigma for a view of a replica's batch, each image with probability
       0.5, zeros beyond the border, no blur on CIFAR.
   E6  LARS does not adapt the classifier in fine-tuning, and does in distillation (code, notebook).
   E7  The linear classifier: f in evaluation mode, SGD (README, TF1); TF2 moves its statistics.
   E8  The student starts from scratch, not from the pretrained weights (Table 2's 12.3 with labels
-      alone is a level from scratch; the paper does not say). --student-init pretrained.
-  E9  Of alpha and the labelled batch of Eq. 3 nothing is said: 1, which is Eq. 2, and N.
+      alone is a level from scratch; the paper does not say). --student-init pretrained. So do the
+      recipes measured on CIFAR-10 and Imagenette, where a run has such weights; they also distill
+      with AutoAugment, and at 1% of CIFAR-10 fine-tune with it: the paper has crop and flip alone.
+  E9  Of alpha and the labelled batch of Eq. 3 nothing is said: 1, which is Eq. 2, and N. Nor how
+      long --kd-set labeled trains: here as many passes over its images, at 1% a hundredth of the
+      updates.
   E10 T = floor(images x epochs / N) + 1 updates, and batches straddle passes (code).
   E11 The running variance is torch's, unbiased; theirs is biased.
   E12 Stage sup, 1% and 10%: AutoAugment and label smoothing (Fig. 4), here with any part of
       ImageNet's labels; the amount, 0.1, and 5 epochs of warm-up are ours. SGD, its rate, batch and
-      1e-4 are the authors' answers to users.
+      1e-4 are the authors' answers to users, the 90 epochs Table 1's, all for 100%; that 1% and 10%
+      keep them is ours.
   E13 resnet_digits is ours: four blocks of 16 to 128 channels, 0.3M parameters.
+  E14 --labels draws a share of each class (12,820 and 128,118 of ImageNet's images), not the
+      paper's subset: --labels-file takes its published lists (12,811 and 128,116).
 
 --accum-steps: g and NT-Xent see the whole batch with all its negatives (two passes, representations
 kept in between); the BatchNorm statistics of f are then per part. In the other stages those of all
@@ -131,7 +139,8 @@ def _by(default, **of_stage):
 
 SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a flag changes them
     "epochs": (float, _by(90.0, pretrain=800.0, finetune=30.0, distill=400.0),
-        "passes over all images (pretrain, distill) or the labelled ones [Sec. 3.1]"),
+        "passes over all images (pretrain, distill), or the labelled ones (other stages, and "
+        "--kd-set labeled) [Sec. 3.1]"),
     "batch_size": (int, _by(4096, finetune=1024),
         "images per update, over all processes and parts; two views each in pretrain [Sec. 3.1]"),
     "optimizer": (str, _by("lars", sup="sgd", linear="sgd"),
@@ -148,7 +157,8 @@ SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a fla
         "with lars on kernels alone, with sgd on all but BatchNorm [Sec. 3.1; authors' code]"),
     "crop_min": (float, _by(0.08), "smallest area of a random crop [authors' code]"),
     "augment": (str, _by("weak"),
-        "weak: crop and flip; strong: AutoAugment too; not in pretrain [Sec. 3.1; Fig. 4]"),
+        "weak: crop and flip; strong: AutoAugment too; digits: crop, or slight turns and shifts; "
+        "not in pretrain [Sec. 3.1; Fig. 4]"),
     "jitter_strength": (float, _by(1.0), "of the colours in pretrain; CIFAR 0.5 [authors' code]"),
     "blur": (float, _by(0.5), "share of blurred views in pretrain; CIFAR 0 [authors' code]"),
     "temperature": (float, _by(0.1),
@@ -164,7 +174,8 @@ SETTINGS = {  # name: (type, default of each stage, help); a recipe row or a fla
     "kd_temperature": (float, _by(None),
         "tau of Eq. 2; default 0.1 where teacher and student are the same network, else 1 "
         "[Sec. 3.1]"),
-    "kd_set": (str, _by("all"), "images to distill on: all or labeled [Table 2]"),
+    "kd_set": (str, _by("all"), "images to distill on: all, or labeled: the epochs are then passes "
+        "over those alone [Table 2]"),
     "student_init": (str, _by("scratch"), "scratch or pretrained [the paper is silent]"),
 }
 ONLY_IN = {  # settings that other stages do not have
@@ -180,7 +191,7 @@ ONLY_IN = {  # settings that other stages do not have
 }
 _ANSWERS = "authors' answers, E12"
 DEFAULT_FROM = {  # the source of a stage's default, where it is not that of the setting's help
-    "sup": dict(epochs="Table 1", batch_size=_ANSWERS, optimizer=_ANSWERS, lr_base=_ANSWERS,
+    "sup": dict(epochs="Table 1, E12", batch_size=_ANSWERS, optimizer=_ANSWERS, lr_base=_ANSWERS,
                 lr_scaling=_ANSWERS, weight_decay=_ANSWERS, warmup_epochs="ours, E12"),
     "linear": dict.fromkeys(("epochs", "batch_size", "optimizer", "lr_base", "lr_scaling",
                              "warmup_epochs", "weight_decay"), "authors' README"),
@@ -392,6 +403,16 @@ def teacher_row(args) -> str | None:
     return found and found[0]
 
 
+def teacher_ends_in(args, stage: str) -> bool:
+    """Whether --teacher ends in this stage, on the same labels; True where it has no log to ask."""
+    run = run_at(args.teacher) if args.teacher else None
+    if not run:
+        return True
+    its = SimpleNamespace(**run["args"])
+    same = (its.dataset, percent(its)) == (args.dataset, percent(args))
+    return same and list(run["settings"])[-1] == stage
+
+
 def recipe(args):
     """(key, row): the most special row of RECIPES for these flags."""
     row = row_name(args)
@@ -427,7 +448,8 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
     """All settings of a stage, with `sources`, lr and the share of a process. Raises UserError."""
     _, row = recipe(args)
     layers = [("default [Sec. 2: all images]", dict(unlabeled_pool="all")),
-              ("default [Table 1]", dict(tf_padding=0, freeze_proj=0, kd_tau_squared=0))]
+              *((f"{d}: {DEPARTURES[d][5]}", {DEPARTURES[d][1]: DEPARTURES[d][2]})
+                for d in ("D5", "D3", "D4"))]  # no SETTINGS; also where --follow names others
     if (args.dataset, stage) == ("imagenet", "pretrain"):
         code = flags.follow(args.follow, DEPARTURES).get("D2") == "code"
         layers.append((f"D2{'=code' if code else ''}: {DEPARTURES['D2'][5]}",
@@ -439,6 +461,9 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
     if (args.dataset, stage) == ("imagenet", "sup") and percent(args) != 100:
         layers.append(("Fig. 4, E12: not all labels", dict(augment="strong", label_smoothing=0.1)))
     layers.append((row["source"], row.get(stage, {})))
+    without = not args.init and "pretrain" not in stages_of(args)
+    if without and row.get(stage, {}).get("student_init") == "pretrained":
+        layers.append(("no pretrained weights in this run, E8", dict(student_init="scratch")))
     if stage == "finetune" and percent(args) == 100:
         layers.append(("Sec. 3.1: all labels", dict(ft_proj_selector=0)))
     layers.append(padding_of_init(args))
@@ -522,7 +547,8 @@ def view_lists(dataset: str, size: int, s) -> dict[str, list]:
     """Each view as a list, in the paper's order, ending in (bytes, erasing box). s: settings.
 
     The blur of a pretraining view follows on the device. Fine-tuning, linear classifier and
-    distillation: "only random crop and horizontal flips" (Sec. 3.1); strong: Fig. 4, for stage sup.
+    distillation: "only random crop and horizontal flips" (Sec. 3.1); strong: Fig. 4, for stage sup,
+    and in some recipes of ours (E8).
     """
     bicubic, c = T.InterpolationMode.BICUBIC, s.jitter_strength
     crop = T.RandomResizedCrop(size, (s.crop_min, 1), (3 / 4, 4 / 3), bicubic, antialias=True)
@@ -1832,7 +1858,7 @@ def paper_args(args) -> SimpleNamespace:
     arch = "resnet50" if args.arch == "resnet_digits" else args.arch
     labels = percent(args) if percent(args) in (1, 10, 100) else 10
     changed = dict(arch=arch, dataset="imagenet", labels=labels, num_labels=None, labels_file=None,
-                   image_size=None, accum_steps=1)  # parts are made of this run's batch
+                   image_size=None, holdout=0, accum_steps=1)  # parts are this run's
     pretrains = "pretrain" in stages_of(args)
     if pretrains and args.follow == "recommended" and not args.memory_size:
         changed["follow"] = "D1=paper"
@@ -1844,17 +1870,23 @@ def paper_numbers(args) -> dict[str, tuple[float, str]]:
 
     Its networks were pretrained with the memory, which is not the default here (D1): that is said.
     """
-    row, labels, ran = row_name(args), percent(args), stages_of(args)
-    if args.dataset != "imagenet" or labels not in (1, 10, 100):
+    row, labels = row_name(args), percent(args)
+    if args.dataset != "imagenet" or labels not in (1, 10, 100) or args.proj_layers != 3:
         return {}
-    given = {n for n in SETTINGS if getattr(args, n)} - {"memory_size", "alpha", "kd_set"}
-    given |= {n for n in ("image_size", "unlabeled_pool") if getattr(args, n)}
-    as_in_code = "code" in flags.follow(args.follow, DEPARTURES).values()
-    if given or as_in_code or args.proj_layers != 3:
-        return {}  # before pretrain is looked at: other stages' flags need not fit it
-    memory = derive(args, "pretrain", 1).memory_size
-    if args.memory_size and memory != 65536:
+    if args.holdout or len(args.labels_file or ()) > 1 or args.image_size not in (None, 224):
         return {}
+    # The stages that run, with these flags and without: other stages' flags need not fit
+    plain = dict.fromkeys((*SETTINGS, "unlabeled_pool")) | dict(follow="recommended")
+    own, paper = ({x: derive(SimpleNamespace(**{**vars(args), **less, "accum_steps": 1}), x, 1)
+                   for x in stages_of(args)} for less in ({}, plain))
+    apart = {"sources", "lr_base", "lr_scaling", "memory_size", "alpha", "kd_set"}
+    changed = {x for x, s in own.items() for n, v in vars(s).items()
+               if n not in apart and x in ONLY_IN.get(n, STAGES) and v != getattr(paper[x], n)}
+    before = run_at(args.init or args.teacher) if args.init or args.teacher else None
+    log_of = before["settings"].get("pretrain", {}) if before else {}
+    word = 65536 if flags.follow(args.follow, DEPARTURES).get("D1") == "paper" else 0
+    memory = (vars(own["pretrain"]) if "pretrain" in own else log_of).get("memory_size", word)
+    changed |= set() if memory in (0, 65536) else {"pretrain"}
     numbers = {}
     known = memory or init_kind(args) == "released"
     pretrained = "" if known else ", pretrained with the memory: --follow D1=paper"
@@ -1863,17 +1895,21 @@ def paper_numbers(args) -> dict[str, tuple[float, str]]:
         numbers["finetune"] = finetuned[(1, 10, 100).index(labels)], "Table 1" + pretrained
         if labels == 100:
             numbers |= {"linear": (linear, "Table 1" + pretrained), "sup": (sup, "Table 1")}
-    if labels < 100 and "distill" in ran:
-        s, teacher, column = derive(args, "distill", 1), teacher_row(args), (1, 10).index(labels)
+    if labels < 100 and "distill" in own:
+        s, teacher, column = own["distill"], teacher_row(args), (1, 10).index(labels)
         # "label only" is a student that sees no other image, so not alpha 0 beside all images
         only = None if s.kd_set == "labeled" else "seen, not learned"
         mixing = s.alpha < 1, s.kd_set if s.alpha else only
-        if teacher == "resnet152_3x_sk" and row in TABLE_3 and mixing == (False, "all"):
+        tuned, distilled = (teacher_ends_in(args, x) for x in ("finetune", "distill"))
+        taught = teacher == "resnet152_3x_sk" and (tuned if row == teacher else distilled)
+        if taught and row in TABLE_3 and mixing == (False, "all"):
             numbers["distill"] = TABLE_3[row][1 + column], "Table 3" + pretrained
-        if (row, teacher) == ("resnet50", "resnet50_2x_sk") and mixing in TABLE_2:
+        if (row, teacher) == ("resnet50", "resnet50_2x_sk") and tuned and mixing in TABLE_2:
             alpha = ", its alpha is not stated" if 0 < s.alpha < 1 else ""
             numbers["distill"] = TABLE_2[mixing][column], "Table 2" + alpha
-    return {stage: number for stage, number in numbers.items() if stage in ran}
+    needs = PIPELINES | dict(distill=("pretrain", "finetune", "distill"))
+    return {stage: number for stage, number in numbers.items()
+            if stage in own and not changed & {*needs[stage]}}
 
 
 def command_of(args) -> str:
@@ -1941,13 +1977,15 @@ def cost_lines(args, stage, s) -> list[str]:
     flops = costs["flops"] * passes * seen
     kept = costs["kept"] * trained_on / args.accum_steps
     gib = [(costs["fixed"] + kept * share) / 2**30 for share in (1, 0.5)]
-    updates = ""
+    updates, listed = "", len(args.labels_file or ())
     counted = args.num_labels or percent(args) or on_all and s.unlabeled_pool == "all"
-    if total and counted:  # known without the data, and without a list of one's own
-        exact = {("imagenet", 1): 12811, ("imagenet", 10): 128116}  # the published lists
-        share = round(total * (percent(args) or 0) / 100)
-        labeled = args.num_labels or exact.get((args.dataset, percent(args)), share)
-        pool = total - labeled * (s.unlabeled_pool == "rest") if on_all else labeled
+    if total and counted and not (on_all and listed > 1):  # known without the data or own lists
+        images, exact = total - args.holdout, {}
+        if (args.dataset, args.holdout) == ("imagenet", 0):  # the published lists; --labels, E14
+            exact = {1: 12811, 10: 128116} if listed else {1: 12820, 10: 128118}
+        share = round(images * (percent(args) or 0) / 100)
+        labeled = args.num_labels or exact.get(percent(args), share)
+        pool = images - labeled * (s.unlabeled_pool == "rest") if on_all else labeled
         updates = f", {total_steps(pool, s.epochs, s.batch_size):,} updates in all"
     teacher = " without the teacher" if stage == "distill" else ""
     return [f"  parameters {count:,}, of which {trained:,} are trained; as Table 1 counts "

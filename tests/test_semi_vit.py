@@ -1615,6 +1615,13 @@ def test_dry_run_shows_parameters_updates_rates_and_the_papers_number(flags):
     assert "recipe" in paper or "stage sup" in paper
 
 
+def test_dry_run_counts_what_is_left_of_the_held_out_images():
+    for held, of_sup, of_semi in ((0, 1, 49), (7000, 1, 6)):  # 80 of 8000 digits; 10 of 1000
+        text = S.dry_run(parse(f"--holdout {held}")).split("== the paper's row")[0]
+        for updates in (of_sup, of_semi):
+            assert f", {updates} updates per epoch" in text, held
+
+
 def test_dry_run_of_100_percent_quotes_the_paper_without_a_recipe():
     text = S.dry_run(parse(MAE.format(arch="vit_large", labels=100)))
     this_run, paper = text.split("== the paper's row")

@@ -23,6 +23,7 @@ from torchvision.transforms import functional as TF
 import simclrv2 as S
 from common import checkpoint, split_lists
 from common.amp import Precision
+from common.data import load_dataset
 from common.splits import UserError
 
 PARITY = torch.load(ROOT / "tests" / "parity" / "simclrv2.pt", weights_only=True)
@@ -47,8 +48,12 @@ def settings(text="", stage="pretrain"):
 def tiny_net(sk=False, seed=0, image_size=32):
     torch.manual_seed(seed)
     encoder = S.Encoder("resnet50" if sk else "resnet18", 0.125, sk, image_size)
-    net = S.Net(encoder, S.projection_head(encoder.dim, 3, 16)).double()
-    for m in net.modules():  # no branch at zero: every path must carry gradient
+    return alive(S.Net(encoder, S.projection_head(encoder.dim, 3, 16)).double())
+
+
+def alive(net):
+    """No branch at zero: every path carries gradient."""
+    for m in net.modules():
         if isinstance(m, _BatchNorm):
             nn.init.uniform_(m.weight, 0.5, 1.5)
     return net
@@ -92,16 +97,22 @@ def test_recipes_against_the_paper_cell_by_cell(row, labels):
     assert sup.augment == ("strong" if labels < 100 else "weak")  # Fig. 4
 
 
-STEPS = {  # the step numbers of the released checkpoints: updates of a stage
-    ("pretrain", 1): "250,228", ("finetune", 1): "751", ("finetune", 10): "3,754",
-    ("finetune", 100): "37,535", ("distill", 1): "125,114", ("sup", 100): "28,151",
-}
+STEPS = [  # updates of a stage: the step numbers of the released checkpoints, 752 apart
+    ("pretrain", "--labels 1", "250,228"), ("distill", "--labels 1", "125,114"),
+    ("finetune", "--labels-file 1.txt", "751"), ("finetune", "--labels-file 10.txt", "3,754"),
+    ("finetune", "--labels 1", "752"), ("finetune", "--labels 10", "3,754"),  # E14
+    ("finetune", "--labels 100", "37,535"), ("sup", "--labels 100", "28,151"),
+]
+LISTS = {"1.txt": "SimCLR 1percent.txt", "10.txt": "SimCLR 10percent.txt"}
 
 
-@pytest.mark.parametrize("stage, labels", STEPS)
-def test_dry_run_counts_the_updates_of_the_released_checkpoints(stage, labels):
-    args = parse(f"--dataset imagenet --arch resnet50 --labels {labels} --stage {stage} --dry-run")
-    assert f", {STEPS[stage, labels]} updates in all" in S.dry_run(args)
+@pytest.mark.parametrize("stage, labels, updates", STEPS)
+def test_dry_run_counts_the_updates_of_the_released_checkpoints(
+    stage, labels, updates, monkeypatch
+):
+    monkeypatch.setattr(S, "list_name", LISTS.get)
+    ours = S.dry_run(parse(f"--dataset imagenet --arch resnet50 {labels} --stage {stage}"))
+    assert f", {updates} updates in all" in ours.split("== the paper's row")[0]
 
 
 def test_cifar_is_the_readmes():
@@ -124,52 +135,97 @@ def test_temperature_of_distillation_follows_from_teacher_and_student():
         assert settings(f"--dataset imagenet {flags}", "distill").kd_temperature == tau, flags
 
 
+def test_a_student_starts_from_pretrained_weights_where_there_are_some():
+    """What a recipe says, as on CIFAR-10, is no flag: distilling alone is not refused."""
+    for row in ("cifar10 --arch resnet_digits --labels 1", "imagenette --arch resnet_digits"):
+        for more, init in (("--stage distill --teacher RUN", "scratch"), ("", "pretrained"),
+                           ("--stage distill --teacher RUN --init RUN", "pretrained"),
+                           ("--init RUN", "pretrained"), ("--student-init scratch", "scratch"),
+                           ("--stage distill --teacher R --student-init pretrained", "pretrained")):
+            args = parse(f"--dataset {row} {more}")
+            s = S.derive(args, "distill", 1)
+            assert s.student_init == init, (row, more)
+            if "--student-init" in more:
+                assert s.sources["student_init"] == "--student-init"
+            elif init == "scratch":
+                assert s.sources["student_init"] == "no pretrained weights in this run, E8"
+                S.check_stages(args, ["distill"], {"distill": s})
+            else:
+                assert s.sources["student_init"] == S.recipe(args)[1]["source"]
+
+
+TABLE_1 = {  # fine-tuned on 1%, 10%, 100%, linear, supervised
+    "resnet50": (57.9, 68.4, 76.3, 71.7, 76.6),
+    "resnet50_sk": (64.5, 72.1, 78.7, 74.6, 78.5),
+    "resnet50_2x": (66.3, 73.9, 79.1, 75.6, 77.8),
+    "resnet50_2x_sk": (70.6, 77.0, 81.3, 77.7, 79.3),
+    "resnet101": (62.1, 71.4, 78.2, 73.6, 78.0),
+    "resnet101_sk": (68.3, 75.1, 80.6, 76.3, 79.6),
+    "resnet101_2x": (69.1, 75.8, 80.7, 77.0, 78.9),
+    "resnet101_2x_sk": (73.2, 78.8, 82.4, 79.0, 80.1),
+    "resnet152": (64.0, 73.0, 79.3, 74.5, 78.3),
+    "resnet152_sk": (70.0, 76.5, 81.3, 77.2, 79.9),
+    "resnet152_2x": (70.2, 76.6, 81.1, 77.4, 79.1),
+    "resnet152_2x_sk": (74.2, 79.4, 82.9, 79.4, 80.4),
+    "resnet152_3x_sk": (74.9, 80.1, 83.1, 79.8, 80.5),
+}
+TABLE_2 = {  # 1%, 10%; the paper gives no alpha for the two mixed rows: 0.5 is ours
+    "--alpha 0 --kd-set labeled": (12.3, 52.0),
+    "--alpha 0.5 --kd-set labeled": (23.6, 66.2),
+    "--alpha 0.5 --kd-set all": (69.0, 75.1),
+    "--alpha 1 --kd-set all": (68.9, 74.3),
+}
+TABLE_3 = {  # 1%, 10%
+    "resnet50": (73.9, 77.5), "resnet50_2x_sk": (75.9, 80.2), "resnet152_3x_sk": (76.6, 80.9),
+}  # fmt: skip
+
+
 def walk():
     """(item, flags, stage, the paper's number or None) of its tables and figures.
 
     Items marked "recalled" rest on memory of an appendix: no number of theirs is shown.
     """
     columns = [("finetune", 1), ("finetune", 10), ("finetune", 100), ("linear", 100), ("sup", 100)]
-    for row, (_, *cells) in S.TABLE_1.items():
+    for row, cells in TABLE_1.items():
         for (stage, labels), top1 in zip(columns, cells):
             yield "Table 1", f"{row_flags(row)} --stage {stage} --labels {labels}", stage, top1
     r50 = row_flags("resnet50")
-    for (labels_used, kd_set), cells in S.TABLE_2.items():
-        # the paper gives no alpha for the two mixed rows: 0.5 is ours
-        alpha = 0.0 if kd_set is None else 0.5 if labels_used else 1.0
-        flags = f"{r50} --stage distill --teacher runs/resnet50_2x_sk --alpha {alpha:g}"
+    for kd, cells in TABLE_2.items():
+        flags = f"{r50} --stage distill --teacher runs/resnet50_2x_sk {kd}"
         for labels, top1 in zip((1, 10), cells):
-            kd = f"--kd-set {kd_set or 'labeled'} --labels {labels}"
-            yield "Table 2", f"{flags} {kd}", "distill", top1
-    for row, (_, *cells) in S.TABLE_3.items():
+            yield "Table 2", f"{flags} --labels {labels}", "distill", top1
+    for row, cells in TABLE_3.items():
         teacher = "" if row == "resnet152_3x_sk" else "--stage distill --teacher resnet152_3x_sk"
         for labels, top1 in zip((1, 10), cells):
             yield "Table 3", f"{row_flags(row)} {teacher} --labels {labels}", "distill", top1
 
-    plain = [row for row in S.TABLE_1 if not row.endswith("sk")]
+    plain = [row for row in TABLE_1 if not row.endswith("sk")]
     fractions = [f"--labels {labels}" for labels in (1, 10, 100)]
     one, kd = f"{r50} --labels 1", f"{r50} --labels 1 --stage distill --teacher runs/resnet50_2x_sk"
-    column = {1: 1, 10: 2, 100: 3}
     for row in plain:
-        for labels in (1, 10, 100):
-            flags, top1 = f"{row_flags(row)} --labels {labels}", S.TABLE_1[row][column[labels]]
+        for labels, top1 in zip((1, 10, 100), TABLE_1[row]):
+            flags = f"{row_flags(row)} --labels {labels}"
             yield "Figure 1", f"{flags} --stage finetune", "finetune", top1
             yield "Figure 4", f"{flags} --method finetune", "finetune", top1
-            sup = S.TABLE_1[row][5] if labels == 100 else None
+            sup = TABLE_1[row][4] if labels == 100 else None
             yield "Figure 4", f"{flags} --method sup", "sup", sup
+    used = {(1, "--labels 1"): 57.9, (1, "--labels 10"): 68.4, (0, "--labels 100"): 76.3}
+    for (k, f), top1 in used.items():  # Table 1's layer, named
+        yield "Figure 5b", f"{r50} --ft-proj-selector {k} {f}", "finetune", top1
     plots = {
         "Figure 5a": [f"{r50} --proj-layers {n} {f}" for n in (2, 4) for f in fractions],
-        "Figure 5b": [f"{r50} --ft-proj-selector {k} {f}" for k in (0, 1, 2) for f in fractions],
+        "Figure 5b": [f"{r50} --ft-proj-selector {k} {f}" for k in (0, 1, 2) for f in fractions
+                      if (k, f) not in used],
         "Figure 6": [
             f"{row_flags(row)} --stage distill --teacher {teacher} --labels {labels}"
-            for row in S.TABLE_1 if row != "resnet152_3x_sk" and row not in S.TABLE_3
+            for row in TABLE_1 if row not in TABLE_3
             for labels in (1, 10) for teacher in (row, "runs/resnet152_2x_sk")
         ],
         "Figure E.1": [
             f"{row_flags(row)} --labels 1 --proj-layers 2 --ft-proj-selector 0" for row in plain
         ],
         "Figure F.1 (recalled)": [f"{kd} --kd-set all --alpha 0.5 --kd-temperature 2"],
-        "Figure F.2 (recalled)": [f"{kd} --kd-temperature {tau}" for tau in (0.1, 1, 2)],
+        "Figure F.2 (recalled)": [f"{kd} --kd-temperature {tau}" for tau in (0.1, 2)],  # 1: Table 2
         "Appendix G (recalled)": [
             f"--dataset cifar10 --arch resnet{depth} --temperature 0.2 --proj-layers 2"
             f" --num-labels {n}{sk}"
@@ -180,9 +236,9 @@ def walk():
     for item, lines in plots.items():
         for flags in lines:
             yield item, flags, "finetune" if "--stage" not in flags else "distill", None
-    # Table 1's networks were pretrained with the memory; without it there is only the plot
-    for size, top1 in ((0, None), (65536, 57.9)):
-        yield "Figure D.1", f"{one} --memory-size {size}", "finetune", top1
+    # Table 1's networks were pretrained with the memory; without it that is said beside the number
+    for size in (0, 65536):
+        yield "Figure D.1", f"{one} --memory-size {size}", "finetune", 57.9
     yield "Figure E.1", one, "finetune", 57.9
 
 
@@ -250,7 +306,7 @@ def test_dry_run_names_the_source_of_every_value():
         assert sources["pretrain"][name].startswith("D2: 0.1 sqrt(N), 800 epochs")
         assert sources["linear"][name] == "default [authors' README]"
         assert sources["distill"][name].startswith("default [Sec. 3.1")
-    assert sources["sup"]["epochs"] == "default [Table 1]"
+    assert sources["sup"]["epochs"] == "default [Table 1, E12]"
     assert sources["sup"]["optimizer"] == "default [authors' answers, E12]"
     assert sources["sup"]["warmup_epochs"] == "default [ours, E12]"
     assert sources["sup"]["label_smoothing"] == "Sec. 3.1; sup: Fig. 4, E12"
@@ -259,6 +315,9 @@ def test_dry_run_names_the_source_of_every_value():
     for number, stage in (("D1", "pretrain"), ("D3", "finetune"), ("D4", "distill"), ("D5", "sup")):
         name = S.DEPARTURES[number][1]
         assert sources[stage][name] == f"{number}: {S.DEPARTURES[number][5]}"
+        if number != "D1":  # a list that leaves it out is no reason for another source
+            listed = S.derive(parse("--dataset imagenet --follow D2=code"), stage, 1).sources
+            assert listed[name] == sources[stage][name]
     code = S.derive(parse("--dataset imagenet --follow code"), "pretrain", 1).sources
     assert code["epochs"].startswith("D2=code: ") and code["memory_size"].startswith("D1=code: ")
     assert not hasattr(settings("--dataset imagenet --follow code"), "pretrain_schedule")
@@ -279,18 +338,17 @@ def test_memory_counts_what_waits_for_the_backward(flags, pictures):
 
 def test_numbers_stand_only_beside_their_very_flags():
     flags = "--dataset imagenet --arch resnet50 --labels 1"
-    assert S.paper_numbers(parse(flags))
+    said = "Table 1, pretrained with the memory: --follow D1=paper"
+    assert S.paper_numbers(parse(flags)) == {"finetune": (57.9, said)}
     for more in ("--epochs finetune=10", "--proj-layers 2", "--follow code", "--image-size 128",
-                 "--unlabeled-pool rest", "--temperature 0.2", "--width 1.5",
-                 "--memory-size 4096", "--memory-size 0", "--follow D3=code"):
+                 "--unlabeled-pool rest", "--temperature 0.2", "--width 1.5", "--holdout 1000",
+                 "--memory-size 4096", "--follow D3=code", "--lr finetune=0.1", "--lr-base 0.2",
+                 "--labels 5", "--dataset folder", "--epochs finetune=0"):
         assert S.paper_numbers(parse(f"{flags} {more}")) == {}, more
-    for more in ("--labels 5", "--num-labels 1000", "--dataset folder"):
-        assert S.paper_numbers(parse(f"--dataset imagenet --arch resnet50 {more}")) == {}, more
+    assert S.paper_numbers(parse("--dataset imagenet --arch resnet50 --num-labels 1000")) == {}
     for more in ("--follow paper", "--follow D1=paper", "--memory-size pretrain=65536",
                  "--init r50_1x_sk0.pth"):
         assert S.paper_numbers(parse(f"{flags} {more}")) == {"finetune": (57.9, "Table 1")}, more
-    said = "Table 1, pretrained with the memory: --follow D1=paper"
-    assert S.paper_numbers(parse(flags)) == {"finetune": (57.9, said)}
     # labels only means no other image; and a mixture is told apart from the paper's unknown alpha
     student = f"{flags} --stage distill --teacher resnet50_2x_sk"
     assert S.paper_numbers(parse(f"{student} --alpha 0")) == {}
@@ -298,6 +356,66 @@ def test_numbers_stand_only_beside_their_very_flags():
     mixed = S.paper_numbers(parse(f"{student} --alpha 0.9"))["distill"]
     assert mixed == (69.0, "Table 2, its alpha is not stated")
     assert S.paper_numbers(parse(f"{student} --alpha 1 --kd-set labeled")) == {}
+    assert S.paper_numbers(parse(f"{student} --student-init pretrained --init RUN")) == {}
+
+
+@pytest.mark.parametrize("more", [  # what these flags say is so without them, or of no account
+    "--temperature 0.1", "--epochs pretrain=800", "--batch-size finetune=1024", "--image-size 224",
+    "--unlabeled-pool all", "--student-init scratch", "--follow D1=code", "--follow D5=paper",
+    "--memory-size 0", "--lr finetune=0.16", "--accum-steps 4", "--kd-temperature 0.1",
+    "--epochs sup=0,linear=0,distill=0", "--epochs sup=9,linear=9,distill=9", "--kd-set labeled",
+    "--stage finetune --init RUN --temperature 0.5 --memory-size 9 --unlabeled-pool rest",
+    "--stage finetune --init RUN --batch-size pretrain=6 --epochs sup=3 --follow D4=code",
+])  # fmt: skip
+def test_flags_that_change_nothing_hide_no_number(more):
+    flags = "--dataset imagenet --arch resnet50 --labels 1"
+    said = "Table 1, pretrained with the memory: --follow D1=paper"
+    assert S.paper_numbers(parse(f"{flags} {more}")) == {"finetune": (57.9, said)}
+    taught = f"{flags} --stage distill --teacher resnet50_2x_sk --kd-temperature 1 --blur 0"
+    assert S.paper_numbers(parse(taught)) == {"distill": (68.9, "Table 2")}
+
+
+def write_run(folder, flags, stages, **pretrain):
+    """The first line of a run's log, as its --teacher or --init is read."""
+    settings = {x: dict(tf_padding=0) for x in stages}
+    settings |= dict(pretrain=dict(tf_padding=0, **pretrain)) if pretrain else {}
+    args = vars(parse(f"--dataset imagenet {flags}"))
+    folder.mkdir(exist_ok=True)
+    first = dict(script="simclrv2", args=args, settings=settings)
+    (folder / "log.jsonl").write_text(json.dumps(first) + "\n")
+    return folder
+
+
+TEACHERS = [  # the student, its teacher's flags and last stage, the number
+    ("resnet50", "resnet50_2x_sk", "--labels 1", "finetune", 68.9),
+    ("resnet50", "resnet50_2x_sk", "--labels 1", "distill", None),
+    ("resnet50", "resnet50_2x_sk", "--labels 1", "sup", None),
+    ("resnet50", "resnet50_2x_sk", "--labels 10", "finetune", None),
+    ("resnet50", "resnet152_3x_sk", "--labels 1", "distill", 73.9),
+    ("resnet50", "resnet152_3x_sk", "--labels 1", "finetune", None),
+    ("resnet50_2x_sk", "resnet152_3x_sk", "--labels 1", "distill", 75.9),
+    ("resnet50_2x_sk", "resnet152_3x_sk", "--num-labels 9000", "distill", None),
+    ("resnet152_3x_sk", "resnet152_3x_sk", "--labels 1", "finetune", 76.6),
+    ("resnet152_3x_sk", "resnet152_3x_sk", "--labels 1", "distill", None),  # once more
+]
+
+
+@pytest.mark.parametrize("row, teacher, labels, last, number", TEACHERS)
+def test_a_number_needs_the_papers_teacher(row, teacher, labels, last, number, tmp_path):
+    write_run(tmp_path, f"{row_flags(teacher)} {labels}", ["finetune", last])
+    args = parse(f"{row_flags(row)} --labels 1 --stage distill --teacher {tmp_path}")
+    assert S.paper_numbers(args).get("distill", (None,))[0] == number
+
+
+def test_whether_a_run_was_pretrained_with_the_memory_is_in_its_log(tmp_path):
+    flags = "--dataset imagenet --arch resnet50 --labels 1 --stage finetune"
+    remark = ", pretrained with the memory: --follow D1=paper"
+    for size, said in ((65536, "Table 1"), (0, "Table 1" + remark), (4096, None)):
+        run = write_run(tmp_path / f"{size}", flags, [], memory_size=size)
+        for more in ("", "--follow D1=paper", "--memory-size 65536"):
+            found = S.paper_numbers(parse(f"{flags} --init {run} {more}"))
+            assert found.get("finetune", (0, None))[1] == said
+    assert S.paper_numbers(parse(f"{flags} --init R --follow D1=paper"))["finetune"][1] == "Table 1"
 
 
 def test_a_published_list_has_the_recipe_and_numbers_of_its_percentage(tmp_path, monkeypatch):
@@ -315,6 +433,10 @@ def test_a_published_list_has_the_recipe_and_numbers_of_its_percentage(tmp_path,
         assert S.recipe(args) == S.recipe(same)
         assert vars(S.derive(args, "finetune", 1)) == vars(S.derive(same, "finetune", 1))
         assert S.paper_numbers(args) == S.paper_numbers(same) != {}
+        # another list of images to pretrain on, or images kept back, is no row of the paper
+        for other in (f"{flags} absent.txt", f"{flags} --holdout 9"):
+            assert S.paper_numbers(parse(other)) == {}
+            assert S.paper_numbers(S.paper_args(parse(other))) != {}
     S.list_name.cache_clear()
 
 
@@ -343,15 +465,28 @@ def test_parts_and_batches_of_a_run_need_not_fit_the_papers():
     assert S.derive(args, "finetune", 1) and S.paper_numbers(args) == {}
 
 
-def test_updates_are_counted_where_the_labels_are(monkeypatch):
+COUNTED = [  # stage, flags, updates of two images in one pass; None: not known without the data
+    ("sup", "--labels-file L", None), ("sup", "--labels-file 10.txt U", "64,059"),
+    ("sup", "--labels 10", "64,060"), ("sup", "--num-labels 9", "5"),
+    ("sup", "--labels 10 --holdout 1167", "64,001"), ("sup", "--labels 5", "32,030"),
+    ("pretrain", "", "640,584"), ("pretrain", "--labels-file L", "640,584"),
+    ("pretrain", "--holdout 1167", "640,001"), ("pretrain", "--unlabeled-pool rest", "576,525"),
+    ("pretrain", "--labels-file 10.txt --unlabeled-pool rest", "576,526"),
+    ("pretrain", "--labels-file L --unlabeled-pool rest", None),
+    ("pretrain", "--labels-file L U", None), ("pretrain", "--labels-file 10.txt U", None),
+    ("distill", "--labels-file 10.txt U --unlabeled-pool rest", None),
+    ("distill", "--labels-file 10.txt U --kd-set labeled", "64,059"),
+]
+
+
+@pytest.mark.parametrize("stage, more, updates", COUNTED)
+def test_updates_are_counted_where_the_labels_are(stage, more, updates, monkeypatch):
+    monkeypatch.setattr(S, "list_name", LISTS.get)
     monkeypatch.setattr(S.report, "cost", lambda model, size: dict(flops=1, kept=1, fixed=1))
-    for stage, more, counted in (("sup", "--labels-file L", False), ("sup", "--labels 1", True),
-                                 ("sup", "--num-labels 9", True), ("pretrain", "", True),
-                                 ("pretrain", "--labels-file L", True),
-                                 ("pretrain", "--labels-file L --unlabeled-pool rest", False)):
-        args = parse(f"--dataset imagenet --arch resnet18 --stage {stage} {more}")
-        text = "".join(S.cost_lines(args, stage, S.derive(args, stage, 1)))
-        assert ("updates in all" in text) is counted, (stage, more)
+    args = parse(f"--dataset imagenet --arch resnet18 --epochs 1 --batch-size 2 {more}")
+    text = "".join(S.cost_lines(args, stage, S.derive(args, stage, 1)))
+    found = re.search(r", ([\d,]+) updates in all", text)
+    assert (found and found[1]) == updates
 
 
 def test_all_labels_start_from_the_input_of_the_head():
@@ -467,6 +602,15 @@ def test_views_hold_the_papers_steps_in_order():
     crop, _, apply, grey, _ = views["pretrain"]
     assert crop.scale == (0.08, 1) and crop.ratio == (3 / 4, 4 / 3) and crop.size == (224, 224)
     assert apply.p == 0.8 and grey.p == 0.2
+    for flip in (views["pretrain"][1], views["weak"][1], views["strong"][1]):
+        assert flip.p == 0.5
+    digits = S.view_lists("digits", 28, settings())
+    assert [steps(digits[name])[:-1] for name in ("weak", "strong")] == [
+        ["RandomResizedCrop"], ["Resize", "RandomAffine"]]
+    for view in (*views.values(), *digits.values()):
+        for step in view:
+            if hasattr(step, "size") and hasattr(step, "interpolation"):  # what resizes
+                assert step.interpolation == TF.InterpolationMode.BICUBIC and step.antialias
     resize, centre, _ = views["evaluate"]
     assert resize.size == 256 and centre.size == (224, 224)
     whole = S.view_lists("cifar10", 32, settings("--dataset cifar10"))["evaluate"]
@@ -517,6 +661,9 @@ def test_blur_border_is_dark_and_drawn_per_image():
         sigma, on = S.draw_blur(20000, share)
         assert sigma.shape == () and 0.1 <= sigma <= 2
         assert on.float().mean() == pytest.approx(share, abs=0.02)
+    drawn = torch.stack([S.draw_blur(1)[0] for _ in range(2000)])
+    assert 0.1 <= drawn.min() < 0.11 and 1.99 < drawn.max() <= 2  # U(0.1, 2)
+    assert drawn.mean() == pytest.approx(1.05, abs=0.05)
 
 
 # ----- 3. MODEL --------------------------------------------------------------------------------
@@ -618,6 +765,20 @@ def test_parity_pooling(case):
                         (S.ShortcutPool(1), "shortcut_avgpool_stride1"),
                         (S.ShortcutPool(2), "shortcut_avgpool_stride2")):
         close(module(c["x"]), c[key], rtol=1e-6, atol=1e-6)
+
+
+def test_every_stage_of_an_sk_network_averages_before_its_shortcut():
+    """2 x 2 from each place on, in stage 1 too, at stride 1; what is beyond the edge is no 0."""
+    torch.manual_seed(0)
+    encoder = S.Encoder("resnet50", 0.125, sk=True, image_size=64).eval()
+    for k, stride in enumerate((1, 2, 2, 2), 1):
+        shortcut = getattr(encoder, f"layer{k}")[0].downsample
+        conv, bn = shortcut[-2:]
+        x = torch.rand(2, conv.in_channels, 6, 6)
+        mean = torch.stack([x[..., i:i + 2, j:j + 2].mean((2, 3)) for i in range(0, 6, stride)
+                            for j in range(0, 6, stride)], -1).unflatten(-1, (6 // stride, -1))
+        assert conv.kernel_size == conv.stride == (1, 1)
+        close(shortcut(x), bn(conv(mean)), atol=1e-6)
 
 
 def fill_bn(bn, rows):
@@ -837,8 +998,8 @@ def test_released_weights_bring_the_authors_padding():
 
 
 def test_fine_tuning_from_the_middle():
-    net = tiny_net().float()
-    tuned = S.Net(net.encoder, net.head[:1], 10, zero=True)
+    args = parse("--arch resnet18 --width 0.125 --image-size 32")
+    tuned = alive(S.build_model(args, "finetune", S.derive(args, "finetune", 1), 10))
     x, y = torch.rand(8, 3, 32, 32), torch.arange(8)
     S.train_mode(tuned, "finetune")
     out = S.label_step(tuned, x, y, 0.0, FP32)
@@ -854,6 +1015,18 @@ def test_fine_tuning_from_the_middle():
     before = tuned.head[0][1].running_mean.clone()
     tuned(x)
     assert not torch.equal(before, tuned.head[0][1].running_mean)          # D3: statistics move
+
+
+def test_classifiers_start_at_zero_where_lars_does_not_adapt_them():
+    """A student's steps would follow its tiny norm: it starts from N(0, 0.01^2), as in sup."""
+    torch.manual_seed(0)
+    args = parse("--width 2")
+    for stage in ("sup", "linear", "finetune", "distill"):
+        layer = S.build_model(args, stage, S.derive(args, stage, 1), 10).classifier
+        assert (layer.bias == 0).all()
+        std = layer.weight.std().item()
+        assert std == 0 if stage in ("linear", "finetune") else 0.0095 < std < 0.0105, stage
+        assert layer.weight.mean().abs() < 0.001
 
 
 def test_linear_leaves_the_representation_alone():
@@ -954,7 +1127,18 @@ def test_memory_loss_by_hand():
             total = total - torch.log(pos / below) / n
     assert loss.item() == pytest.approx(total.item(), rel=1e-12)
     loss.backward()
-    assert z1.grad.abs().sum() > 0 and not k1.requires_grad
+    assert z1.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_keys_have_unit_norm_and_no_gradient(parts):
+    net, (x1, x2) = tiny_net().train(), two_views()
+    keys = S.memory_keys(net, x1, x2, FP32, parts)
+    for k in keys:
+        assert k.shape == (8, 16) and not k.requires_grad
+        close(k.norm(dim=1), torch.ones(8))
+    if parts == 1:
+        close(torch.cat(keys), F.normalize(net(torch.cat([x1, x2])), dim=1))
 
 
 def test_memory_is_first_in_first_out():
@@ -1142,6 +1326,14 @@ def test_every_parameter_in_one_group(optimizer, distill):
     assert id(net.head[0][0].weight) in kernels
 
 
+@pytest.mark.parametrize("distill", [False, True])
+def test_momentum_and_trust_of_the_two_optimisers(distill):
+    for name, nesterov, inside in (("lars", False, True), ("sgd", True, False)):
+        for group in S.build_optimiser(student_net(), 1e-4, name, distill).param_groups:
+            assert (group["momentum"], group["eta"]) == (0.9, 0.001)
+            assert (group["nesterov"], group["lr_in_velocity"]) == (nesterov, inside)
+
+
 @pytest.mark.parametrize("case", PARITY["lr_schedule"])
 def test_parity_lr_schedule(case):
     c = PARITY["lr_schedule"][case]
@@ -1286,6 +1478,120 @@ def test_pretraining_learns_in_a_few_steps():
         optimiser.step()
         losses.append(out["loss"].item())
     assert losses[-1] < losses[0] - 0.5
+
+
+# ----- the loop --------------------------------------------------------------------------------
+
+
+class Quiet:
+    """A log that keeps nothing."""
+
+    def wait(self, batches):
+        return batches
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits", None)
+
+
+def train(monkeypatch, data, stage, text):
+    """run_stage on 8 labelled and 40 unlabelled digits; what each part and update saw."""
+    seen = SimpleNamespace(lr=[], grads=[], keys=[], queues=[], key_nets=[], students=[])
+    args = parse(f"--width 0.5 --evals 1 --weight-decay 0 {text}")
+    s = S.derive(args, stage, 1)
+    run = SimpleNamespace(
+        rank=0, world=1, device=torch.device("cpu"), device_ids=None, image_size=28, workers=0,
+        precision=Precision(torch.device("cpu"), "fp32"), stop=SimpleNamespace(asked=lambda: 0),
+        stats=torch.tensor([0.0, 255.0]).view(2, 1, 1, 1), log=Quiet(), results={}, folder=None)
+    torch.manual_seed(0)
+    model, teacher = (alive(S.build_model(args, x, s, 10)) for x in (stage, "sup"))
+    for net in (model, teacher):  # else all logits are nearly equal
+        for p in net.classifier.parameters():
+            nn.init.normal_(p)
+    update, spied = run.precision.update, (S.set_lr, S.train_mode, S.memory_keys, S.pretrain_step)
+    set_lr, train_mode, memory_keys, pretrain_step = spied
+
+    def spy_update(optimizer, losses):
+        seen.grads.append([p.grad.clone() for g in optimizer.param_groups for p in g["params"]])
+        return update(optimizer, losses)
+
+    def spy_set_lr(optimizer, lr):
+        seen.lr.append(lr)
+        set_lr(optimizer, lr)
+
+    def mode_without_batch_statistics(net, *rest):  # theirs are a part's, not the batch's
+        train_mode(net, *rest)
+        for m in net.modules():
+            m.training = m.training and (stage == "pretrain" or not isinstance(m, _BatchNorm))
+
+    def spy_keys(key_net, *rest):
+        assert all(m.training for m in key_net.modules())
+        seen.key_nets.append({k: v.clone() for k, v in key_net.state_dict().items()})
+        seen.keys.append(memory_keys(key_net, *rest))
+        return seen.keys[-1]
+
+    def spy_step(student, x1, x2, tau, precision, keys, queue):
+        assert keys is seen.keys[-1]
+        seen.students.append({k: v.clone() for k, v in student.state_dict().items()})
+        seen.queues.append(queue.clone())
+        return pretrain_step(student, x1, x2, tau, precision, keys, queue)
+
+    run.precision.update = spy_update
+    for name, spy in (("set_lr", spy_set_lr), ("train_mode", mode_without_batch_statistics),
+                      ("memory_keys", spy_keys), ("pretrain_step", spy_step),
+                      ("Neighbours", lambda *a: None), ("save", lambda *a: None),
+                      ("evaluate", lambda *a: dict(top1=0.0, top5=0.0))):
+        monkeypatch.setattr(S, name, spy)
+    split = SimpleNamespace(labeled=np.arange(8), unlabeled=np.arange(8, 48))
+    teacher = teacher.eval().requires_grad_(False) if stage == "distill" else None
+    S.run_stage(stage, model, teacher, data, split, s, args, run, None)
+    monkeypatch.undo()
+    return seen
+
+
+@pytest.mark.parametrize("stage, more", [
+    ("sup", ""), ("finetune", "--optimizer sgd"), ("distill", "--optimizer sgd"),
+    ("distill", "--alpha 0.4"), ("distill", "--alpha 0.4 --kd-set labeled"),
+])
+def test_accumulated_gradients_are_the_mean_over_the_parts(monkeypatch, digits, stage, more):
+    flags = f"--batch-size 8 --lr 0.01 --warmup-epochs 0 --epochs 0.25 {more}"
+    whole, parts = (train(monkeypatch, digits, stage, f"{flags} --accum-steps {k}") for k in (1, 4))
+    assert len(whole.grads) == len(parts.grads) > 0
+    largest = max(g.abs().max().item() for g in whole.grads[0])
+    assert largest > 0.01
+    for a, b in zip(whole.grads[0], parts.grads[0]):
+        close(b, a, atol=1e-5 * largest)
+
+
+def test_the_learning_rate_is_that_of_the_update(monkeypatch, digits):
+    flags = "--batch-size 8 --epochs 3 --warmup-epochs 2 --lr 1e-4"
+    for parts in (1, 2):  # three passes over the eight images, and one update more
+        seen = train(monkeypatch, digits, "sup", f"{flags} --accum-steps {parts}").lr
+        assert seen == pytest.approx(np.repeat([0, 5e-5, 1e-4, 5e-5], parts))
+
+
+def test_the_memory_in_the_loop(monkeypatch, digits):
+    """D1: the first update has no memory yet; then it is the last 40 keys of earlier updates."""
+    flags = "--memory-size 40 --ema-decay 0.6 --batch-size 8 --epochs 1 --lr 1 --warmup-epochs 0"
+    seen = train(monkeypatch, digits, "pretrain", flags)
+    assert len(seen.keys) == len(seen.queues) == 6
+    old = torch.zeros(0, 128)
+    for keys, queue in zip(seen.keys, seen.queues):
+        assert len(queue) == min(len(old), 40)
+        close(sorted(queue.tolist()), torch.tensor(sorted(old[-40:].tolist())))
+        close(torch.cat(keys).norm(dim=1), torch.ones(16))
+        old = torch.cat([old, *keys])
+    name = "head.0.0.weight"
+    average = seen.students[0][name]
+    assert torch.equal(seen.key_nets[0][name], average)
+    for student, key_net in zip(seen.students[1:], seen.key_nets[1:]):
+        average = 0.6 * average + 0.4 * student[name]  # after the update
+        close(key_net[name], average)
+        assert not torch.equal(key_net[name], student[name])
 
 
 # ----- processes -------------------------------------------------------------------------------
