@@ -42,14 +42,19 @@ disagree, are the table DEPARTURES below, chosen with --follow. The rest, decide
       opens those masks (of the digit scenes: two logged numbers); no switch. One exception: in a
       folder without classes.txt every mask is opened once, before training, to count the classes.
   E2  Single-branch methods (no PASA) weigh L_A by 1: as released they train supervised only.
-  E3  The supplement's loss of UniMatch + Ours has three student streams; the weak view passes with
-      feature dropout or PASA. Its teacher is the EMA teacher; the code's is not released.
+      fixmatch (Table S5) is not UniMatch's baseline to the letter: that halves L_l + L_u, divides
+      by the valid pixels, does not jitter the teacher's view and has other distortions and boxes.
+  E3  UniMatch + Ours: the supplement has one sentence, that PASA replaces feature dropout. Streams
+      and weights are those of the code, but a box is filled from the other image (there all
+      around it is). The teacher is the EMA teacher; the code's is not released.
   E4  AugSeg: labelled pixels pasted into a scene carry their label; NCR skips them (no z_T there).
+      Its random intensity operations are in AugSeg's own code alone; the distortion stays.
   E5  Mix/UnMix is not in the released code: tiles at one place are permuted among the images of a
       process and put back before the decoder. CutOut is: its result is never used; here it is.
   E6  ViT-L has the four auxiliary heads of DeiT-B: the paper does not say.
   E7  DeepLabV3+: 384 pixels, not 321, so that tiles of 128 fit; torchvision's ASPP (Dropout where
-      UniMatch's has Dropout2d).
+      UniMatch's has Dropout2d). MiT's norms after patches and reductions have NVlabs' eps 1e-5,
+      the code's 1e-6.
   E8  The classifier stands before the last bilinear upsampling: the two commute, at a quarter
       of the arithmetic. PASA's mask goes once through torch's attention, broadcast over heads.
   E9  T is the number of updates, 80,000; the code's schedule has T = 80,001.
@@ -111,6 +116,7 @@ from common.mask_views import (
 )
 from common.masks import Pairs, PairSet, load_pairs
 from common.pictures import BadImages, find_pictures, pictures_at, read_or_next
+from common.split_lists import list_name
 from common.splits import UserError
 from common.streams import Stream, seed_of, stream_loader
 
@@ -240,6 +246,8 @@ CHOICES = dict(
     pasa=("off", "ours", "plain", "rand", "reverse1", "reverse2", "product"),
     ncr=("off", "ncr", "ncr_sq", "all", "all_sq", "kl", "kl_neg"))
 
+PASSES = dict(epochs="iterations", warmup_epochs="warmup_iterations")  # a length, and in updates
+
 _SEGFORMER = dict(optimizer="adamw", lr=6e-5, min_lr=0.0, power=1.0, warmup_iterations=1500,
                   weight_decay=0.01, drop_path=0.1)
 _CITY = dict(iterations=40000, eval_mode="slide")
@@ -284,6 +292,8 @@ RECIPES = {  # (data set, arch's family, init, labels): {stage: settings that di
 # The paper's own mIoU on the validation set of Pascal VOC, by number of labelled images
 _CLASSIC, _BLEND = (92, 183, 366, 732, 1464), (662, 1323, 2646)
 UNIMATCH_LISTS = {662: "1_16", 1323: "1_8", 2646: "1_4"}  # folders of the blend lists on VOC
+LISTS = {f"UniMatch VOC classic {n}": n for n in _CLASSIC} | {  # common/known_splits.json
+    f"UniMatch VOC blend {folder.replace('_', '/')}": n for n, folder in UNIMATCH_LISTS.items()}
 
 
 def _row(text, numbers=_CLASSIC + _BLEND):
@@ -321,6 +331,7 @@ TABLE_S5 = {  # DeepLabV3+: (shuffle, NCR) on FixMatch
 }
 PRODUCT = {50.0: 78.8, 100.0: 78.4}  # alpha of Eq. 4, PASA alone, 92 labelled images  [supp. S1.3]
 
+PAPERS = ("voc", "cityscapes", "coco")  # the paper's data
 _SEMI = dict(stage="semi")
 DEPARTURES = {  # where, setting, recommended, paper, code (None: silent, as recommended), source
     "D1": (dict(_SEMI, method=("fixmatch", "mean_teacher", "base", "s4former", "augseg")),
@@ -329,7 +340,8 @@ DEPARTURES = {  # where, setting, recommended, paper, code (None: silent, as rec
     "D2": (dict(_SEMI, ncr="ncr"), "ncr", "ncr", "ncr_sq", "ncr",
            "All-CR (Eq. 6) is squared, NCR alike (our reading); code: root of the sum of squares"),
     "D3": (_SEMI, "ncr_teacher", "mixed", None, "unmixed",
-           "code: z_T is not mixed with the image; in the box NCR compares unrelated pixels"),
+           "code: z_T is not mixed with the image; in the box NCR, and with --pseudo soft the CE, "
+           "compare unrelated pixels"),
     "D4": (_SEMI, "pasa_conf", "binary", "soft", "binary",
            "Algorithm 1: C is the largest probability; code: 1 where it exceeds tau"),
     "D5": (_SEMI, "pasa_rows", "half", "median", "half",
@@ -338,15 +350,13 @@ DEPARTURES = {  # where, setting, recommended, paper, code (None: silent, as rec
            "code: Reverse2's values, half of the rows counted from the second patch and shifted"),
     "D7": (_SEMI, "teacher_init", "copy", "copy", "separate",
            "Algorithm 1: theta_T = theta_S; code: another random decoder"),
-    "D8": (_SEMI, "tau", 0.95, None, 0.95, "no threshold in Algorithm 1"),
-    "D9": (dict(family="mit", dataset=("voc", "cityscapes", "coco")), "optimizer", "adamw", "adam",
-           "adamw", "supp. S1.2: Adam; code: AdamW"),
+    "D8": (dict(_SEMI, dataset=PAPERS), "tau", 0.95, None, 0.95, "no threshold in Algorithm 1"),
+    "D9": (dict(family="mit", dataset=PAPERS), "optimizer", "adamw", "adam", "adamw",
+           "supp. S1.2: Adam, whose weight decay is L2 in the gradient; code: AdamW"),
     "D10": (dict(_SEMI, family="vit", method="mean_teacher", dataset="voc"), "lr", 1e-3, 1e-3, 1e-2,
             "the released config of the mean teacher does not override 0.01"),
-    "D11": (dict(family="vit", dataset=("voc", "cityscapes", "coco")), "min_lr", 1e-4, None, 1e-4,
-            "code"),
-    "D12": (dict(family="vit", dataset=("voc", "cityscapes", "coco")), "weight_decay", 0.0, None,
-            0.0, "code"),
+    "D11": (dict(family="vit", dataset=PAPERS), "min_lr", 1e-4, None, 1e-4, "code"),
+    "D12": (dict(family="vit", dataset=PAPERS), "weight_decay", 0.0, None, 0.0, "code"),
     "D13": (_SEMI, "ema_first", 0, 0, 1,
             "code: before the forward; differs at the first and the last update alone"),
     "D14": (dict(_SEMI, strong="cutout"), "cutout_used", 1, 1, 0,
@@ -392,6 +402,10 @@ def parse_args(argv=None):
         p.error(f"--with-ours: for --method unimatch or augseg; {args.method} needs none")
     if args.stage == "semi" and args.method == "sup":
         p.error("--stage semi, --method sup: no stage is left to train; choose another stage")
+    for names in PASSES.items():
+        if set.intersection(*(set(getattr(args, name) or ()) for name in names)):
+            a, b = (f"--{name.replace('_', '-')}" for name in names)
+            p.error(f"{a}, {b}: two lengths of one stage; keep one")
     if args.compare and not args.eval:
         p.error(f"--compare {args.compare}: needs --eval RUN")
     args.dataset = args.dataset or ("folder" if args.data_path else "digits")
@@ -424,7 +438,7 @@ def stages_of(args) -> list[str]:
 
 def semi_goes_on(args) -> bool:
     """Whether stage semi starts from the end of stage sup, or from --init as that did (E14)."""
-    return args.dataset not in ("voc", "cityscapes", "coco")
+    return args.dataset not in PAPERS
 
 
 def recipe(args):
@@ -453,6 +467,9 @@ def derive(args, stage: str, world_size: int) -> SimpleNamespace:
     ignored = (SEMI_ONLY if stage != "semi" else set()) | (
         NOT_PRETRAIN if stage == "pretrain" else ONLY_PRETRAIN)
     s = flags.resolve(SETTINGS, stage, layers, DEPARTURES, facts, args, ignored)
+    for epochs, updates in PASSES.items():
+        if stage in (getattr(args, updates) or ()):  # a flag, against the passes of a recipe
+            setattr(s, epochs, None)
     if args.unlabeled_pool:
         s.unlabeled_pool, s.sources["unlabeled_pool"] = args.unlabeled_pool, "--unlabeled-pool"
     check_settings(s, stage, args, arch)
@@ -513,13 +530,15 @@ def unlabeled_passes(args, s) -> int:
     return s.unlabeled_ratio * (3 if args.method == "unimatch" else 1 + (s.pasa != "off"))
 
 
-def in_updates(s, images: int):
-    """Where --epochs or --warmup-epochs is given: that many passes over so many images."""
-    per_pass = max(1, images // (s.batch_size * max(1, s.unlabeled_ratio)))
-    for epochs, updates in (("epochs", "iterations"), ("warmup_epochs", "warmup_iterations")):
+def in_updates(s, images: int | None):
+    """Where --epochs or --warmup-epochs is given: that many passes over so many images; None: not
+    known without the data, and so are the updates."""
+    batch = s.batch_size * max(1, s.unlabeled_ratio)
+    per_pass = None if images is None else max(1, images // batch)
+    for epochs, updates in PASSES.items():
         if getattr(s, epochs) is not None:
-            setattr(s, updates, round(getattr(s, epochs) * per_pass))
-            s.sources[updates] = f"{getattr(s, epochs):g} x {per_pass}"
+            setattr(s, updates, per_pass and round(getattr(s, epochs) * per_pass))
+            s.sources[updates] = f"{getattr(s, epochs):g} x {per_pass or 'a pass'}"
 
 
 # ===== 2. DATA  (authors' configs; the digit scenes are ours) =====================================
@@ -543,8 +562,8 @@ class RandomScale:
 
 
 class RandomCrop:
-    """At most size x size; labelled images: up to ten redraws until two classes are in it and none
-    has more than a share cat_max_ratio of the valid pixels. 1: never looks at the mask (E1)."""
+    """At most size x size; labelled images: up to ten redraws until no class, so not a lone one
+    either, has more than a share cat_max_ratio of the valid pixels. 1: no look at the mask (E1)."""
 
     def __init__(self, size: int, cat_max_ratio: float = 1.0):
         self.size, self.cat_max_ratio = size, cat_max_ratio
@@ -556,7 +575,7 @@ class RandomCrop:
             cut = TF.crop(mask, *box)
             if self.cat_max_ratio < 1:
                 counts = torch.bincount(cut.flatten().long(), minlength=256)[:IGNORE]
-                if (counts > 0).sum() > 1 and counts.max() / counts.sum() < self.cat_max_ratio:
+                if counts.max() / counts.sum() < self.cat_max_ratio:
                     break
         return TF.crop(image, *box), cut
 
@@ -2311,75 +2330,104 @@ def draw_attention(models, data, s, args, run, folder, count=8) -> bool:
 # The paper's rows: what --dry-run prints, and the first line of a run on digits
 
 
+def listed(file: str) -> int | None:
+    """How many images a list has; None where there is no such file."""
+    lines = Path(file).read_bytes().splitlines() if Path(file).is_file() else ()
+    return sum(bool(line.strip()) for line in lines) or None
+
+
 def labelled_images(args) -> int | None:
-    """How many images of the paper's lists these flags mean: --num-labels, or a list's name."""
-    if args.num_labels:
+    """How many images these flags label: --num-labels, or the list's; None: not known here. A list
+    that is not there may be a published one of VOC, by its folder's name."""
+    if args.num_labels or not args.labels_file:
         return args.num_labels
-    if args.labels_file:
-        parts = Path(args.labels_file[0]).parts[-2:]
-        blend = [n for n, name in UNIMATCH_LISTS.items() if name in parts and args.dataset == "voc"]
-        found = re.findall(r"\d+", "/".join(parts))
-        found = blend or [int(n) for n in found if int(n) in _CLASSIC + _BLEND]
-        return found[-1] if found else None
-    return None
+    file = args.labels_file[0]
+    folders = {name: n for n in LISTS.values() for name in (str(n), UNIMATCH_LISTS.get(n))}
+    by_name = folders.get(Path(file).parent.name) if args.dataset == "voc" else None
+    return listed(file) or by_name
+
+
+def images_of(args, pool: str) -> dict[str, int | None]:
+    """What a pass of each stage shows, as `main` counts it; None: not known without the data."""
+    total, labeled, unlabeled = DATASETS[args.dataset][3], labelled_images(args), None
+    if args.dataset == "digits":  # of its own digits are the scenes that --holdout judges by
+        total = args.train_scenes or total
+    elif total:
+        total -= args.holdout
+    if percent(args) and total:
+        labeled = max(1, round(total * percent(args) / 100))
+    if args.labels_file and len(args.labels_file) > 1:
+        unlabeled = listed(args.labels_file[1])
+    elif total and labeled:
+        unlabeled = total - labeled
+    if pool == "all":
+        unlabeled = unlabeled + labeled if labeled and unlabeled is not None else None
+    scenes = (8000 - 1000 * bool(args.holdout)) // 4  # of four digits each
+    return dict(pretrain=scenes, sup=labeled, semi=unlabeled)
+
+
+def published(args) -> bool:
+    """Whether --init can be weights that others published: a file, and not of a run of ours."""
+    file = Path(args.init or "")
+    ours = file.is_dir() or (file.parent / "log.jsonl").exists()
+    return args.init == "timm" or bool(file.suffix) and not ours
 
 
 def paper_args(args) -> SimpleNamespace:
-    """The same flags on the paper's data, from its weights."""
+    """The same flags on the paper's data, from its weights; on VOC with the published list nearest
+    in size. The digit scenes' usual 3% stand for the smallest one."""
     arch = "deit_base" if args.arch in ("vit_digits", "deit_tiny", "deit_small") else args.arch
-    dataset = args.dataset if args.dataset in ("cityscapes", "coco") else "voc"
     family = ARCHS[arch]["family"]
     init = dict(mit=f"{arch}.pth", deeplab="resnet101.pth").get(family, "deit_base.pth")
     init = "timm" if arch == "vit_large" else init
-    n = labelled_images(args) or 92
-    folder = UNIMATCH_LISTS.get(n, n)
-    files = [f"splits/pascal/{folder}/labeled.txt"] if dataset == "voc" else args.labels_file
-    changed = dict(arch=arch, dataset=dataset, init=args.init or init, labels=None, num_labels=None,
-                   labels_file=files, image_size=None, shuffle_tile=None, train_scenes=None,
-                   val_scenes=None)
-    if dataset != "voc" and not files:
-        changed["labels"] = args.labels
+    changed = dict(arch=arch, init=args.init if published(args) and arch == args.arch else init,
+                   stage="all" if args.stage == "pretrain" else args.stage, image_size=None,
+                   shuffle_tile=None, train_scenes=None, val_scenes=None, holdout=0)
+    if args.dataset not in ("cityscapes", "coco"):
+        share = 0 if (args.dataset, percent(args)) == ("digits", 3) else percent(args) or 0
+        n = labelled_images(args) or share / 100 * DATASETS["voc"][3] or 1
+        n = min(_CLASSIC + _BLEND, key=lambda of: abs(math.log(n / of)))
+        files = [f"splits/pascal/{UNIMATCH_LISTS.get(n, n)}/labeled.txt"]
+        changed |= dict(dataset="voc", labels=None, num_labels=None, labels_file=files)
     return SimpleNamespace(**{**vars(args), **changed})
 
 
 def paper_number(args) -> tuple[float, str] | None:
     """(the paper's own mIoU, its table) for exactly these flags, or None."""
-    n, arch = labelled_images(args), args.arch
-    of_parts = {"shuffle", "pasa", "ncr", "strong", "pasa_alpha"}
-    given = {x for x in SETTINGS if getattr(args, x)}
-    others = given - of_parts or args.follow != "recommended" or args.unlabeled_pool
-    if args.dataset != "voc" or others or args.image_size or n is None:
+    n, arch, (first, *second) = labelled_images(args), args.arch, args.labels_file or [""]
+    everything = DATASETS["voc"][3]
+    if args.dataset != "voc" or args.stage == "pretrain" or args.holdout or not published(args) or (
+            n is None or listed(first) and LISTS.get(list_name(first)) != n or
+            second and listed(second[0]) not in (None, everything - n)):
         return None
-    if args.method == "sup" or args.stage == "sup":
-        row = TABLE_S4["sup", False] if arch == "vit_large" else TABLE_S1.get((arch, "sup", False))
-        where = "Table S4" if arch == "vit_large" else "Table S1"
-        return (row[n], where) if row and n in row and not given else None
-    if args.method in ("unimatch", "augseg"):
-        row = TABLE_S1.get((arch, args.method, args.with_ours), {})
-        return (row[n], "Table S1") if n in row and not given else None
-    s = derive(args, "semi", 1)
-    if s.shuffle not in (0.0, 0.5) or s.ncr not in ("off", "ncr"):
+    # not which flags are given but what comes of them: one may say what the row says
+    stage = "sup" if "sup" in (args.method, args.stage) else "semi"
+    parts = {"shuffle", "pasa", "ncr", "strong", "pasa_alpha"}
+    plain = SimpleNamespace(**{
+        **vars(args), **dict.fromkeys(SETTINGS.keys() - parts), "follow": "recommended",
+        "unlabeled_pool": None, "image_size": None, "accum_steps": 1})
+    s, row = derive(args, stage, 1), derive(plain, stage, 1)
+    s.sources, s.micro_batch = row.sources, row.micro_batch
+    if s != row or image_size(args) != image_size(plain):
         return None
-    shuffle, pasa, ncr = s.shuffle > 0, s.pasa == "ours", s.ncr == "ncr"
-    if s.pasa == "product" and (s.strong, shuffle, ncr, n, arch) == (
-            "cutmix", False, False, 92, "deit_base") and s.pasa_alpha in PRODUCT:
-        return PRODUCT[s.pasa_alpha], "supp. S1.3"
-    if s.pasa not in ("off", "ours") or s.pasa_alpha != 5.0:
-        return None
-    parts, found = (shuffle, pasa, ncr), None
-    full = {(False,) * 3: False, (True,) * 3: True}.get(parts)
-    if args.method == "fixmatch":
-        if arch.startswith("deeplab") and s.strong == "cutmix" and not pasa:
-            found = TABLE_S5.get((shuffle, ncr), {}).get(n), "Table S5"
-    elif arch == "vit_large" and s.strong == "cutmix" and full is not None:
-        found = TABLE_S4["base", full].get(n), "Table S4"
-    elif arch == "deit_base" and s.strong == "cutmix" and full is not None:
-        found = TABLE_S1[arch, "base", full].get(n), "Table S1"
-    elif arch == "deit_base" and s.strong == "cutmix":
-        found = TABLE_S2[parts].get(n), "Table S2"
-    elif arch == "deit_base" and n == 92 and not (pasa or ncr):
-        found = TABLE_S3.get((s.strong, shuffle)), "Table S3"
-    return found if found and found[0] is not None else None
+    # the row of each table that these parts stand for
+    host = "base" if args.method in ("mean_teacher", "s4former") else args.method
+    host, usual = ("sup", True) if stage == "sup" else (host, s.strong == METHODS[host]["strong"])
+    shuffle, ncr = {0.0: False, 0.5: True}.get(s.shuffle), dict(off=False, ncr=True).get(s.ncr)
+    pasa = {("off", 5.0): False, ("ours", 5.0): True}.get((s.pasa, s.pasa_alpha))
+    ours = {(False,) * 3: False, (True,) * 3: True}.get((shuffle, pasa, ncr))
+    rows = {"Table S1": usual and TABLE_S1.get((arch, host, ours))}
+    if arch == "vit_large":
+        rows["Table S4"] = usual and TABLE_S4.get((host, ours))
+    if (arch, host, pasa) == ("deeplabv3plus_r101", "fixmatch", False):
+        rows["Table S5"] = usual and TABLE_S5.get((shuffle, ncr))
+    if (arch, host) == ("deit_base", "base"):
+        rows["Table S2"] = usual and TABLE_S2.get((shuffle, pasa, ncr))
+        if (pasa, ncr) == (False, False):
+            rows["Table S3"] = {92: TABLE_S3.get((s.strong, shuffle))}
+        if (s.pasa, shuffle, ncr) == ("product", False, False):
+            rows["supp. S1.3"] = usual and {92: PRODUCT.get(s.pasa_alpha)}
+    return next(((row[n], where) for where, row in rows.items() if row and row.get(n)), None)
 
 
 def command_of(args) -> str:
@@ -2430,15 +2478,10 @@ def dry_run(args) -> str:
 
 def cost_lines(args, stage, s) -> list[str]:
     """Parameters, images, updates, arithmetic and memory of a stage, on one process."""
-    _, _, classes, total = DATASETS[args.dataset]
-    model, n_l = on_meta(args, classes or 21), s.batch_size
-    if stage == "pretrain":
-        in_updates(s, 8000 // 4)  # scenes of four digits
-    elif total:
-        total = args.train_scenes or total if args.dataset == "digits" else total
-        labeled = labelled_images(args) or round(total * (percent(args) or 0) / 100)
-        unlabeled = total - labeled * (s.unlabeled_pool == "rest")
-        in_updates(s, unlabeled if stage == "semi" else labeled)
+    model, n_l = on_meta(args, DATASETS[args.dataset][2] or 21), s.batch_size
+    in_updates(s, images_of(args, s.unlabeled_pool)[stage])
+    known = s.iterations is not None
+    length = f"{s.iterations:,} updates" if known else f"{s.epochs:g} passes"
     costs = report.cost(model, image_size(args))
     of_labeled = report.cost(model, image_size(args), aux=stage != "pretrain")
     count = sum(p.numel() for p in model.parameters())
@@ -2450,8 +2493,7 @@ def cost_lines(args, stage, s) -> list[str]:
     kept = (of_labeled["kept"] * n_l + costs["kept"] * passes) / args.accum_steps
     gib = [(costs["fixed"] + kept * share) / 2**30 for share in (1, 0.5)]
     return [f"  parameters {count:,}, without the auxiliary heads {count - aux:,}",
-            f"  per update {n_l} labelled + {n_u} unlabelled images, {s.iterations:,} updates in "
-            "all",
+            f"  per update {n_l} labelled + {n_u} unlabelled images, {length} in all",
             f"  per update {flops / 1e12:.4g} TFLOP; memory about {gib[0]:.1f} GiB "
             f"in float32, {gib[1]:.1f} GiB in 16 bit"]
 

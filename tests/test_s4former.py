@@ -259,6 +259,14 @@ def test_parity_parameter_counts(arch, k, size):
         assert at_test == stored["setr_deitb_inference_voc"]
 
 
+@pytest.mark.parametrize("k", [21, 81, 19])
+def test_parity_counts_of_heads_that_no_arch_here_has(k):
+    heads = {f"pup_aux1_1024_{k}": S.PUPHead(1024, 256, k, 0, 1, 4),
+             f"segformer_head_768_{k}": S.SegFormerHead((64, 128, 320, 512), 768, k)}
+    for name, head in heads.items():
+        assert sum(p.numel() for p in head.parameters()) == PARITY["param_counts"][name], name
+
+
 # ----- PatchShuffle -----------------------------------------------------------------------------
 
 
@@ -312,6 +320,41 @@ def test_position_embeddings_stay_where_they_are_and_features_come_back_before_t
         feature = model.encoder(S.retile(x, source, 2))[-1]  # tokens get the place where they sit
         expected = model.head.norm(S.restore(feature, source, 2).permute(0, 2, 3, 1))
     torch.testing.assert_close(seen[0], expected.permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("arch", ["deit_tiny", "mit_b0", "deeplabv3plus_r101"])
+def test_every_decoder_gets_all_its_features_back_in_their_places(arch):
+    model = model_of(f"--arch {arch} --image-size 64 --dataset voc").eval()
+    nn.init.normal_(model.head.classifier.weight, std=0.5)
+    x, source = torch.randn(2, 3, 64, 64), torch.tensor([2, 0, 3, 1, 5, 4, 7, 6])
+    shuffled = S.retile(x, source, 2)
+    with torch.no_grad():
+        seen, features = model(shuffled, source=source, per_side=2), model.encoder(shuffled)
+        at_home = model.head([S.restore(f, source, 2) for f in features])
+        torch.testing.assert_close(seen, at_home, rtol=1e-4, atol=1e-4)
+        for k in range(len(features)):  # each level counts that the decoder looks at
+            if arch != "deit_tiny" or k == 3:
+                mixed = [f if j == k else S.restore(f, source, 2) for j, f in enumerate(features)]
+                assert (model.head(mixed) - at_home).abs().max() > 1e-2, k
+
+
+@pytest.mark.parametrize("shuffle", [0.0, 1.0])
+def test_mixed_and_shuffled_tiles_are_put_back(shuffle):
+    """A student that shows its input: put back with what it is given, that is the image."""
+    s = settings(f"--image-size 64 --shuffle-tile 32 --strong mixunmix --shuffle {shuffle}")
+    x, seen = torch.rand(3, 3, 64, 64), []
+    among, perm = torch.rand(3, 4).argsort(0), torch.rand(3, 4).argsort(1)
+    draws = dict(among=among, perm=perm, on=torch.tensor([shuffle > 0] * 3))
+
+    def student(x, source, per_side):
+        seen.append(x)
+        return S.restore(x, source, per_side)
+
+    for cut in (True, False):
+        out = S.augmented_pass(student, x, s, FP32, dict(draws, cut=torch.tensor(cut)))
+        mixed = S.retile(x, S.unmix_source(3, 2, among), 2) if cut else x  # first, then the shuffle
+        expected = S.retile(mixed, whose(perm), 2) if shuffle else mixed
+        assert torch.equal(out, x) and torch.equal(seen[-1], expected)
 
 
 def test_mix_unmix_moves_tiles_between_images_at_equal_places():
@@ -410,10 +453,13 @@ def test_pasa_makes_unsure_patches_look_at_unsure_patches():
     mask = S.pasa_mask(c, 5.0)[:, None]
     with torch.no_grad():
         x = vit.blocks[0].norm1(vit._pos_embed(vit.patch_embed(torch.rand(1, 3, 64, 64))))
-    qkv = vit.blocks[0].attn.qkv(x).unflatten(2, (3, 3, -1)).permute(2, 0, 3, 1, 4)
-    scores = qkv[0] @ qkv[1].transpose(-2, -1) * vit.blocks[0].attn.scale
+    attn = vit.blocks[0].attn
+    qkv = attn.qkv(x).unflatten(2, (3, 3, -1)).permute(2, 0, 3, 1, 4)
+    scores = qkv[0] @ qkv[1].transpose(-2, -1) * attn.scale
     before, after = scores.softmax(-1), (scores + mask).softmax(-1)
-    torch.testing.assert_close(after.sum(-1), torch.ones(1, 3, 17))  # rows still sum to 1
+    for weights, given in ((before, None), (after, mask)):  # the network's rows are queries too
+        by_hand = attn.proj((weights @ qkv[2]).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(attn(x, attn_mask=given), by_hand, rtol=1e-4, atol=1e-5)
     assert (after[0, :, 9:, 9:].sum(-1) > before[0, :, 9:, 9:].sum(-1) + 0.1).all()
     torch.testing.assert_close(after[0, :, 1:9], before[0, :, 1:9])  # sure queries: untouched
 
@@ -489,8 +535,6 @@ def test_soft_labels_in_both_forms():
 
 
 def test_the_threshold_is_strict():
-    z = torch.log(torch.tensor([0.5, 0.5, 0.75, 0.25])).view(1, 2, 1, 2).transpose(1, 3)
-    z = z.contiguous().view(1, 2, 1, 2)
     _, c, y_hat, y = S.teach(nn.Identity(), torch.zeros(1, 2, 1, 1), 0.5, FP32)
     assert c == 0.5 and y == IGNORE and y_hat in (0, 1)
 
@@ -713,6 +757,32 @@ def test_the_vit_is_timms_and_takes_any_size():
     assert vit.outputs == [4, 7, 9, 11] and isinstance(vit.norm, nn.Identity)
 
 
+@pytest.mark.parametrize("arch, blocks", [
+    ("deit_tiny", [4, 7, 9, 11]), ("deit_base", [4, 7, 9, 11]), ("vit_large", [9, 14, 19, 23])])
+def test_auxiliary_heads_stand_on_the_four_outputs(arch, blocks):
+    model = S.on_meta(parse(f"--dataset voc --arch {arch}"), 21)
+    assert model.encoder.outputs == blocks and model.head.index == 3
+    assert [head.index for head in model.aux] == [0, 1, 2, 3]
+
+
+def test_the_supervised_loss_has_five_terms():
+    model, features = model_of("--arch deit_tiny --image-size 32").eval(), {}
+    for k in (4, 7, 9, 11):
+        model.encoder.blocks[k].register_forward_hook(
+            lambda m, given, out, k=k: features.update({k: out[:, 1:].transpose(1, 2)}))
+    for head in (model.head, *model.aux):
+        nn.init.normal_(head.classifier.weight, std=0.5)
+    x, y = torch.randn(2, 3, 32, 32), torch.randint(0, 11, (2, 32, 32))
+    y[0, :9] = IGNORE
+    s = settings("--arch deit_tiny --aux-weight 0.3", "sup")
+    losses = S.sup_step(model, x, y, s, FP32)
+    terms = [F.cross_entropy(head([features[k].unflatten(2, (2, 2))] * 4), y, ignore_index=IGNORE,
+                             reduction="sum") / y.numel()
+             for head, k in zip((model.head, *model.aux), (11, 4, 7, 9, 11))]
+    close(losses["loss_l"].detach(), terms[0].detach(), 1e-5)
+    close(losses["loss"].detach(), (terms[0] + 0.3 * sum(terms[1:])).detach(), 1e-5)
+
+
 def test_the_classifier_commutes_with_the_last_upsampling():  # E8
     head = model_of("--arch deit_tiny --image-size 64", 7).eval().head
     x = torch.rand(2, 192, 4, 4)
@@ -736,7 +806,11 @@ def test_the_masked_stage_of_mit_is_timms_stage():
     x = torch.rand(2, 160, 4, 4)
     with torch.no_grad():
         plain = mit.stages[3](x)
-        torch.testing.assert_close(S.masked_stage(mit.stages[3], x, torch.zeros(2, 4, 4)), plain)
+        rows, columns = torch.zeros(2, 2, 4, 4)
+        rows[:, 0], columns[:, :, 0] = 50.0, 50.0
+        for mask in (torch.zeros(2, 4, 4), rows):  # equal for all keys of a query: no difference
+            torch.testing.assert_close(S.masked_stage(mit.stages[3], x, mask), plain)
+        assert (S.masked_stage(mit.stages[3], x, columns) - plain).abs().max() > 0.01
 
 
 def test_attention_of_a_patch_sums_to_what_the_class_token_leaves():
@@ -846,7 +920,7 @@ def test_published_weights_reach_the_encoder(kind, arch, tmp_path):
     assert all(torch.equal(v, head[k]) for k, v in model.head.state_dict().items())
     broken = published(kind, {k: v for k, v in list(donor.items())[:-1]})
     torch.save(broken, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="w.pth.*missing|KeyError"):
+    with pytest.raises(UserError, match="w.pth.*missing"):
         S.load_init(model, args)
 
 
@@ -883,6 +957,20 @@ def test_every_parameter_is_in_one_group_and_heads_learn_ten_times_as_fast(flags
                 norm = re.search(r"norm\d?\.|(fuse|levels\.\d)\.1\.", names[p])
                 assert group["weight_decay"] == (0 if norm else 0.01), names[p]
     assert {g["lr_scale"] for g in groups} == {1.0, s.head_lr_scale}
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
+def test_optimisers_are_what_they_are_called_and_all_groups_have_one_floor(name, kind):
+    s = settings(f"--dataset voc --optimizer {name} --weight-decay 0.1", "sup")
+    optimizer = S.build_optimiser(model_of("--arch deit_tiny --image-size 32"), s)
+    assert type(optimizer) is kind
+    for group in optimizer.param_groups:
+        assert group.get("momentum", 0.9) == 0.9 and not group.get("nesterov")
+        assert group.get("betas", (0.9, 0.999)) == (0.9, 0.999)
+    for step, rates in ((0, {1e-3, 1e-2}), (80000, {1e-4})):
+        S.set_lr(optimizer, step, 80000, s)
+        assert {group["lr"] for group in optimizer.param_groups} == rates
 
 
 def test_a_masked_first_update_leaves_sgd_as_it_was():
@@ -936,7 +1024,8 @@ def step_of(flags, arch="vit_digits", size=64, seed=0, **more):
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_one_step_of_every_host_and_variant(name):
-    losses, student, teacher, y_hat, c, s = step_of(HOSTS[name])
+    weights = " --lambda-u semi=3 --ncr-weight semi=0.2"
+    losses, student, teacher, y_hat, c, s = step_of(HOSTS[name] + weights)
     assert all(v.isfinite() for v in losses.values()) and 0 < losses["kept"] <= 1
     assert y_hat.shape == c.shape == (4, 64, 64)
     for part, on in (("loss_pasa", s.pasa != "off"), ("loss_ncr", s.ncr != "off"),
@@ -944,15 +1033,46 @@ def test_one_step_of_every_host_and_variant(name):
         assert (part in losses) == on
     share = 0.5 if s.pasa != "off" or "unimatch" in name else 1.0
     first = losses.get("loss_pasa", losses.get("loss_features", 0.0))
-    expected = share * losses["loss_aug"] + 0.5 * first + 0.5 * losses.get("loss_ncr", 0.0)
+    expected = share * losses["loss_aug"] + 0.5 * first + 0.2 * losses.get("loss_ncr", 0.0)
     close(losses["loss_u"].detach(), torch.as_tensor(expected).detach(), 1e-6)
-    close(losses["loss"].detach(), (losses["loss_l"] + losses["loss_u"]).detach(), 1e-5)
+    close(losses["loss"].detach(), (losses["loss_l"] + 3 * losses["loss_u"]).detach(), 1e-5)
     losses["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
     assert all(p.grad is None for p in teacher.parameters())
     passes = {"unimatch": 4, "unimatch_ours": 4}.get(name, 2 + (s.pasa != "off"))
     assert student.head.convs[0][1].num_batches_tracked == passes  # BatchNorm: for each pass
     assert teacher.module.head.convs[0][1].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("part, arch, variants", [
+    ("loss_pasa", "vit_digits", ["", "--follow D4=paper", "--follow D5=paper", "--pasa-alpha 9",
+                                 *(f"--pasa {k}" for k in S.PASA if k != "ours")]),
+    ("loss_pasa", "mit_b0", ["", "--follow D6=code"]),
+    ("loss_ncr", "vit_digits", ["", "--follow D1=paper", "--follow D3=code", *(
+        f"--ncr {k}" for k in ("ncr_sq", "all", "all_sq", "kl", "kl_neg"))]),
+    ("loss_aug", "vit_digits", ["", "--pseudo soft", "--pseudo soft --follow D15=paper"]),
+])
+def test_each_variant_reaches_its_loss(part, arch, variants):
+    """The same images and draws: the named loss alone differs, and from every other variant."""
+    plain = "--method base --pasa ours --ncr ncr --tau semi=0.6"
+    found = [step_of(f"{plain} {flags}", arch)[0] for flags in variants]
+    assert len({losses[part].item() for losses in found}) == len(variants)
+    for name in {"loss_l", "loss_pasa", "loss_aug", "loss_ncr"} - {part}:
+        same = len({losses[name].item() for losses in found}) == 1
+        assert same or "--pasa rand" in variants or (part, name) == ("loss_aug", "loss_pasa"), name
+
+
+@pytest.mark.parametrize("flags, conf, rows, kind", [
+    ("", "binary", "half", "ours"), ("--follow D4=paper", "soft", "half", "ours"),
+    ("--follow D5=paper", "binary", "median", "ours"),
+    ("--pasa reverse1", "binary", "half", "reverse1")])
+def test_the_mask_of_the_pass_is_the_one_that_is_asked_for(flags, conf, rows, kind):
+    s = settings(f"--tau 0.5 --pasa-alpha 3 {flags}")
+    student, c, seen = model_of("--arch vit_digits"), torch.rand(2, 64, 64), []
+    student.register_forward_pre_hook(lambda m, a, k: seen.append(k["mask"]), with_kwargs=True)
+    S.pasa_pass(student, torch.randn(2, 3, 64, 64), c, s, FP32, {})
+    c_j = F.avg_pool2d((c if conf == "soft" else (c > 0.5).float())[:, None], 8).flatten(1)
+    torch.testing.assert_close(seen[0], S.pasa_mask(c_j, 3.0, kind, rows))
 
 
 @pytest.mark.parametrize("arch, flags", [
