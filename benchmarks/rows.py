@@ -229,15 +229,17 @@ ROWS |= _after_mae("semi_vit", "cifar10", _TITLE, _C10, {
     "mae_sup_strong": (f"after MAE: {_LONG}, with RandAugment",
                        "--method sup --epochs 83 --labeled-aug strong", 3)})
 ROWS |= {f"semi_vit/cifar10/mae_{row}": (
-    _TITLE, f"after MAE: {what}", ["semi_vit/cifar10/mae_sup", (
+    _TITLE, f"after MAE: {what}", [f"semi_vit/cifar10/mae_{start}", (
         f"semi_vit.py {_C10} --arch vit_digits --labels 10 --dtype bf16 --evals 2 --stage semi "
         f"--init {{pretrain}} {flags}")], seeds)
-    for row, (what, flags, seeds) in {
-        "prob": ("Semi-ViT", "", 3),
-        "fixmatch": ("FixMatch (m = 0, no mixing)", "--method fixmatch", 3),
-        "none": ("EMA-Teacher, no mixing", "--unlabeled-mix none", 1),
-        "mixup": ("EMA-Teacher, Pseudo Mixup", "--unlabeled-mix mixup", 1),
-        "mixup+": ("EMA-Teacher, Pseudo Mixup+", "--unlabeled-mix mixup+", 1)}.items()}
+    for row, (what, start, flags, seeds) in {
+        "prob": ("Semi-ViT", "sup", "", 3),
+        "fixmatch": ("FixMatch (m = 0, no mixing)", "sup", "--method fixmatch", 1),
+        "none": ("EMA-Teacher, no mixing", "sup", "--unlabeled-mix none", 1),
+        "mixup": ("EMA-Teacher, Pseudo Mixup", "sup", "--unlabeled-mix mixup", 1),
+        "mixup+": ("EMA-Teacher, Pseudo Mixup+", "sup", "--unlabeled-mix mixup+", 1),
+        "strong_prob": ("Semi-ViT from the row above with RandAugment", "sup_strong", "", 1),
+    }.items()}
 ROWS |= _after_mae(
     "semi_vit", "cifar10_1", "Semi-ViT on CIFAR-10, 1% of the labels, minutes on a CPU", _C10, {
         "mae_sup": ("after MAE: supervised stage", "", 3, ["sup"]),
@@ -262,7 +264,7 @@ ROWS |= {f"semiformer/cifar10/{name}": (
         "sup": ("supervised stage", "vit_conv_digits", 3, ["sup"]),
         "sup_long": (_LONG, "vit_conv_digits --method sup --epochs 38", 3),
         "semiformer": ("Semiformer", "vit_conv_digits", 3),
-        "vanilla": ("FixMatch on the CNN stream", "conv_digits", 3),
+        "vanilla": ("FixMatch on the CNN stream", "conv_digits", 1),
         "conv_labeled": ("both streams, labels from the CNN, no exchange (Conv-labeled)",
                          "vit_conv_digits --method conv_labeled", 1)}.items()}
 _FORMER = f"semiformer.py {_C10} --labels 1 --dtype bf16 --evals 2 --arch vit_conv_digits"
