@@ -29,8 +29,24 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from common import checkpoint, log  # noqa: E402
+from common.data import load_dataset  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+class Quiet:
+    """A log that keeps nothing."""
+
+    def wait(self, batches):
+        return batches
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits", None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import Quiet
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
@@ -17,7 +18,6 @@ from torchvision import transforms as T
 import semi_vit as S
 from common import split_lists
 from common.amp import Precision
-from common.data import load_dataset
 from common.ema import Ema
 from common.splits import UserError, make_split
 from common.streams import Stream, stream_loader
@@ -669,21 +669,6 @@ def test_bf16_autocast_thresholds_float32_confidences():
 
 
 # ===== the loop ===================================================================================
-
-
-class Quiet:
-    """A log that keeps nothing."""
-
-    def wait(self, batches):
-        return batches
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: None
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_dataset("digits", None)
 
 
 def train(monkeypatch, data, stage, text, warm_teacher=None):

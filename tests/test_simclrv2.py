@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, SCRIPTS, Child, ends, numbers, only_run, run_script, world
+from conftest import ROOT, SCRIPTS, Child, Quiet, ends, numbers, only_run, run_script, world
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import resnet50
@@ -23,7 +23,6 @@ from torchvision.transforms import functional as TF
 import simclrv2 as S
 from common import checkpoint, split_lists
 from common.amp import Precision
-from common.data import load_dataset
 from common.splits import UserError
 
 PARITY = torch.load(ROOT / "tests" / "parity" / "simclrv2.pt", weights_only=True)
@@ -1481,21 +1480,6 @@ def test_pretraining_learns_in_a_few_steps():
 
 
 # ----- the loop --------------------------------------------------------------------------------
-
-
-class Quiet:
-    """A log that keeps nothing."""
-
-    def wait(self, batches):
-        return batches
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: None
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_dataset("digits", None)
 
 
 def train(monkeypatch, data, stage, text):
