@@ -227,7 +227,9 @@ ROWS |= _after_mae("semi_vit", "cifar10", _TITLE, _C10, {
     "mae_sup": ("after MAE: supervised stage", "--method sup", 3),
     "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 83", 3),
     "mae_sup_strong": (f"after MAE: {_LONG}, with RandAugment",
-                       "--method sup --epochs 83 --labeled-aug strong", 3)})
+                       "--method sup --epochs 83 --labeled-aug strong", 3),
+    "mae_sup_strong_long": ("after MAE: supervised with RandAugment, as many updates as the last "
+                            "row", "--method sup --epochs 106 --labeled-aug strong", 3)})
 ROWS |= {f"semi_vit/cifar10/mae_{row}": (
     _TITLE, f"after MAE: {what}", [f"semi_vit/cifar10/mae_{start}", (
         f"semi_vit.py {_C10} --arch vit_digits --labels 10 --dtype bf16 --evals 2 --stage semi "
@@ -238,7 +240,7 @@ ROWS |= {f"semi_vit/cifar10/mae_{row}": (
         "none": ("EMA-Teacher, no mixing", "sup", "--unlabeled-mix none", 1),
         "mixup": ("EMA-Teacher, Pseudo Mixup", "sup", "--unlabeled-mix mixup", 1),
         "mixup+": ("EMA-Teacher, Pseudo Mixup+", "sup", "--unlabeled-mix mixup+", 1),
-        "strong_prob": ("Semi-ViT from the row above with RandAugment", "sup_strong", "", 1),
+        "strong_prob": ("Semi-ViT from 83 epochs with RandAugment", "sup_strong", "", 3),
     }.items()}
 ROWS |= _after_mae(
     "semi_vit", "cifar10_1", "Semi-ViT on CIFAR-10, 1% of the labels, minutes on a CPU", _C10, {
