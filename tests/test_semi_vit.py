@@ -1218,14 +1218,16 @@ def test_the_tables_above_have_all_cells():
     assert len(cells("sup", SUP)) == 15 * 12 - 2 and len(cells("semi", SEMI)) == 18 * 12
 
 
-@pytest.mark.parametrize("flags, view", [
-    ("", "weak"), ("--arch vit_base", "weak"), ("--dataset folder", "strong"),
-    ("--dataset cifar10 --arch vit_digits --init mae.pth --labels 10", "weak"),
-    ("--dataset cifar10 --arch vit_digits --init mae.pth --labels 1", "strong"),
-    ("--dataset cifar10 --arch vit_digits --labels 10", "strong"),
-    ("--dataset imagenette --arch vit_digits --init mae.pth", "strong")])
-def test_labelled_views_of_the_small_recipes_are_those_of_e11(flags, view):
-    assert {settings(flags, stage).labeled_aug for stage in S.STAGES} == {view}
+@pytest.mark.parametrize("flags, sup, semi", [
+    ("", "weak", "weak"), ("--arch vit_base", "weak", "weak"),
+    ("--dataset folder", "strong", "strong"),
+    ("--dataset cifar10 --arch vit_digits --init mae.pth --labels 10", "strong", "weak"),
+    ("--dataset cifar10 --arch vit_digits --init mae.pth --labels 1", "strong", "strong"),
+    ("--dataset cifar10 --arch vit_digits --labels 10", "strong", "strong"),
+    ("--dataset imagenette --arch vit_digits --init mae.pth", "strong", "strong")])
+def test_labelled_views_of_the_small_recipes_are_those_of_e11(flags, sup, semi):
+    assert settings(flags, "sup").labeled_aug == sup
+    assert settings(flags, "semi").labeled_aug == semi
 
 
 def test_mixup_and_mixup_plus_blend_and_cut_whatever_the_recipe():
