@@ -231,15 +231,13 @@ ROWS |= {f"semi_vit/cifar10/mae_{row}": (
         f"semi_vit.py {_C10} --arch vit_digits --labels 10 --dtype bf16 --evals 2 --stage semi "
         f"--init {{pretrain}} {flags}")], seeds)
     for row, (what, flags, seeds) in {
-        "labels": ("stage semi on labels alone (mu = 0)",
-                   "--lambda-u 0 --unlabeled-ratio 1 --epochs 2 --warmup-epochs 0.02", 3),
-        "prob5": ("Semi-ViT, five unlabelled pictures a labelled one",
-                  "--unlabeled-ratio 5 --epochs 10", 3),
-        "fixmatch": ("FixMatch (m = 0, no mixing), five unlabelled pictures a labelled one",
-                     "--unlabeled-ratio 5 --epochs 10 --method fixmatch", 3),
+        "labels": ("stage semi without pseudo-labels (mu = 0)", "--lambda-u 0", 1),
+        "fixmatch": ("FixMatch (m = 0, no mixing)", "--method fixmatch", 3),
         "none": ("EMA-Teacher, no mixing", "--unlabeled-mix none", 1),
         "mixup": ("EMA-Teacher, Pseudo Mixup", "--unlabeled-mix mixup", 1),
         "mixup+": ("EMA-Teacher, Pseudo Mixup+", "--unlabeled-mix mixup+", 1),
+        "prob5": ("Semi-ViT, five unlabelled pictures a labelled one, ten epochs",
+                  "--unlabeled-ratio 5 --epochs 10", 2),
         "prob": ("Semi-ViT", "", 3),
     }.items()}
 ROWS |= _after_mae(
