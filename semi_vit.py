@@ -47,8 +47,8 @@ chosen with --follow. The rest, decided once:
       RandAugment's posterize keeps one bit at least.
   E10 An update that the fp16 scaler skips leaves the EMA alone too; in the authors' code it moves.
   E11 --labeled-aug weak is ours: App. A has RandAugment on labelled images too, which vit_digits is
-      slow to fit. The digits' recipe leaves it out, and stage semi of that for CIFAR-10 at 10%
-      after pretraining.
+      slow to fit. The digits' recipe leaves it out; that for CIFAR-10 at 10% after pretraining
+      does so in stage semi alone.
   E12 prob needs neither --mixup nor --cutmix; in the authors' code one of them at 0 makes every
       pair the other kind, both at 0 turn prob off.
   E13 MoCo-v3's ViT-S has 12 heads, as it was pretrained; the authors' ViT-S has 6, and the paper

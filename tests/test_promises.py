@@ -466,7 +466,8 @@ def test_r9_two_processes_of_four_are_one_of_eight(script, stage, tmp_path):
     assert two["losses"].keys() == one.keys()
     for name, value in one.items():
         assert value.item() != 0, name
-        assert two["losses"][name].item() == pytest.approx(value.item(), rel=1e-6, abs=1e-6), name
+        near = max(1e-6, torch.finfo(torch.float32).eps * abs(value.item()))  # losses are float32
+        assert abs(value.item() - two["losses"][name].item()) < near, name
     grads = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
     least = 2 if stage == "linear" else 10
     assert grads.keys() == two["grads"].keys() and len(grads) >= least
