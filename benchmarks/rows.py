@@ -228,8 +228,8 @@ ROWS |= _after_mae("semi_vit", "cifar10", _TITLE, _C10, {
     "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 106 --labeled-aug strong", 3),
     "mae_sup150": ("after MAE: supervised stage, 150 epochs",
                    "--method sup --epochs 150 --labeled-aug strong", 3),
-    "mae_sup150_long": ("after MAE: supervised, as many updates as these 150 epochs and 8 of stage "
-                        "semi", "--method sup --epochs 186 --labeled-aug strong", 3)})
+    "mae_sup150_long": ("after MAE: supervised, as many updates as these 150 epochs and 3 of stage "
+                        "semi", "--method sup --epochs 164 --labeled-aug strong", 3)})
 ROWS |= {f"semi_vit/cifar10/mae_{row}": (
     _TITLE, f"after MAE: {what}", ["semi_vit/cifar10/mae_sup", (
         f"semi_vit.py {_C10} --arch vit_digits --labels 10 --dtype bf16 --evals 2 --stage semi "
@@ -244,10 +244,15 @@ ROWS |= {f"semi_vit/cifar10/mae_{row}": (
                   "--unlabeled-ratio 5 --epochs 10", 2),
         "prob": ("Semi-ViT", "", 3),
     }.items()}
-ROWS["semi_vit/cifar10/mae_prob150"] = (
-    _TITLE, "after MAE: Semi-ViT, 8 epochs from those 150", ["semi_vit/cifar10/mae_sup150", (
+ROWS |= {f"semi_vit/cifar10/mae_{row}150": (
+    _TITLE, f"after MAE: {what}, 3 epochs from those 150", ["semi_vit/cifar10/mae_sup150", (
         f"semi_vit.py {_C10} --arch vit_digits --labels 10 --dtype bf16 --evals 2 --stage semi "
-        "--init {pretrain} --epochs 8")], 3)
+        f"--init {{pretrain}} --epochs 3 {flags}")], seeds)
+    for row, (what, flags, seeds) in {
+        "labels": ("stage semi without pseudo-labels (mu = 0)", "--lambda-u 0", 3),
+        "fixmatch": ("FixMatch (m = 0, no mixing)", "--method fixmatch", 3),
+        "prob": ("Semi-ViT", "", 3),
+    }.items()}
 ROWS |= _after_mae(
     "semi_vit", "cifar10_1", "Semi-ViT on CIFAR-10, 1% of the labels, minutes on a CPU", _C10, {
         "mae_sup": ("after MAE: supervised stage", "", 3, ["sup"]),
