@@ -228,8 +228,9 @@ ROWS |= _after_mae("semi_vit", "cifar10", _TITLE, _C10, {
     "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 106 --labeled-aug strong", 3),
     "mae_sup150": ("after MAE: supervised stage, 150 epochs",
                    "--method sup --epochs 150 --labeled-aug strong", 3),
-    "mae_sup150_long": ("after MAE: supervised, as many updates as these 150 epochs and 3 of stage "
-                        "semi", "--method sup --epochs 164 --labeled-aug strong", 3)})
+    "mae_sup150_long": (
+        "after MAE: supervised, as many updates as these 150 epochs and 3 of stage semi, with an "
+        "EMA as well", "--method sup --epochs 164 --labeled-aug strong --ema-decay 0.998", 3)})
 ROWS |= {f"semi_vit/cifar10/mae_{row}": (
     _TITLE, f"after MAE: {what}", ["semi_vit/cifar10/mae_sup", (
         f"semi_vit.py {_C10} --arch vit_digits --labels 10 --dtype bf16 --evals 2 --stage semi "
