@@ -250,8 +250,7 @@ ROWS |= {f"semi_vit/cifar10/mae_{row}150": (
         f"semi_vit.py {_C10} --arch vit_digits --labels 10 --dtype bf16 --evals 2 --stage semi "
         f"--init {{pretrain}} --epochs 3 {flags}")], seeds)
     for row, (what, flags, seeds) in {
-        "labels": ("stage semi without pseudo-labels (mu = 0)", "--lambda-u 0", 3),
-        "fixmatch": ("FixMatch (m = 0, no mixing)", "--method fixmatch", 3),
+        "labels": ("stage semi without pseudo-labels (mu = 0)", "--lambda-u 0", 2),
         "prob": ("Semi-ViT", "", 3),
     }.items()}
 ROWS |= _after_mae(
