@@ -231,28 +231,30 @@ ROWS |= _after_mae("semi_vit", "cifar10", _TITLE, _C10, {
     "mae_sup150_long": (
         "after MAE: supervised, as many updates as these 150 epochs and 3 of stage semi, with an "
         "EMA as well", "--method sup --epochs 164 --labeled-aug strong --ema-decay 0.998", 3)})
-ROWS |= {f"semi_vit/cifar10/mae_{row}": (
-    _TITLE, f"after MAE: {what}", ["semi_vit/cifar10/mae_sup", (
-        f"semi_vit.py {_C10} --arch vit_digits --labels 10 --dtype bf16 --evals 2 --stage semi "
-        f"--init {{pretrain}} {flags}")], seeds)
-    for row, (what, flags, seeds) in {
-        "labels": ("stage semi without pseudo-labels (mu = 0)", "--lambda-u 0", 1),
-        "fixmatch": ("FixMatch (m = 0, no mixing)", "--method fixmatch", 3),
-        "none": ("EMA-Teacher, no mixing", "--unlabeled-mix none", 1),
-        "mixup": ("EMA-Teacher, Pseudo Mixup", "--unlabeled-mix mixup", 1),
-        "mixup+": ("EMA-Teacher, Pseudo Mixup+", "--unlabeled-mix mixup+", 1),
-        "prob5": ("Semi-ViT, five unlabelled pictures a labelled one, ten epochs",
+
+
+def _from_sup(start, rows):
+    """Rows of stage semi alone, from the supervised stage of another row."""
+    command = f"semi_vit.py {_C10} --arch vit_digits --labels 10 --dtype bf16 --evals 2"
+    command += " --stage semi --init {pretrain}"
+    return {f"semi_vit/cifar10/{row}": (_TITLE, f"after MAE: {what}",
+                                        [f"semi_vit/cifar10/{start}", f"{command} {flags}"], seeds)
+            for row, (what, flags, seeds) in rows.items()}
+
+
+ROWS |= _from_sup("mae_sup", {
+    "mae_labels": ("stage semi without pseudo-labels (mu = 0)", "--lambda-u 0", 1),
+    "mae_fixmatch": ("FixMatch (m = 0, no mixing)", "--method fixmatch", 3),
+    "mae_none": ("EMA-Teacher, no mixing", "--unlabeled-mix none", 1),
+    "mae_mixup": ("EMA-Teacher, Pseudo Mixup", "--unlabeled-mix mixup", 1),
+    "mae_mixup+": ("EMA-Teacher, Pseudo Mixup+", "--unlabeled-mix mixup+", 1),
+    "mae_prob5": ("Semi-ViT, five unlabelled pictures a labelled one, ten epochs",
                   "--unlabeled-ratio 5 --epochs 10", 2),
-        "prob": ("Semi-ViT", "", 3),
-    }.items()}
-ROWS |= {f"semi_vit/cifar10/mae_{row}150": (
-    _TITLE, f"after MAE: {what}, 3 epochs from those 150", ["semi_vit/cifar10/mae_sup150", (
-        f"semi_vit.py {_C10} --arch vit_digits --labels 10 --dtype bf16 --evals 2 --stage semi "
-        f"--init {{pretrain}} --epochs 3 {flags}")], seeds)
-    for row, (what, flags, seeds) in {
-        "labels": ("stage semi without pseudo-labels (mu = 0)", "--lambda-u 0", 2),
-        "prob": ("Semi-ViT", "", 3),
-    }.items()}
+    "mae_prob": ("Semi-ViT", "", 3)})
+ROWS |= _from_sup("mae_sup150", {
+    "mae_labels150": ("stage semi without pseudo-labels (mu = 0), 3 epochs from those 150",
+                      "--epochs 3 --lambda-u 0", 2),
+    "mae_prob150": ("Semi-ViT, 3 epochs from those 150", "--epochs 3", 3)})
 ROWS |= _after_mae(
     "semi_vit", "cifar10_1", "Semi-ViT on CIFAR-10, 1% of the labels, minutes on a CPU", _C10, {
         "mae_sup": ("after MAE: supervised stage", "", 3, ["sup"]),
