@@ -51,10 +51,10 @@ D9 plain pixels as target. The rest, decided once:
       pictures: E9). An average (--ema-decay, D17) is only ever evaluated.
   E8  LoMaR: positions come from relative tables alone, in the classifier too, as in its own; the
       query is not scaled there (LoMaR's code; iRPE's code scales it).
-  E9  vit_digits is ours: width 64, depth 4; in its own rows the head reads the mean of the patches.
-      So are the digits' views (no flip; labelled images without crop and RandAugment) and the
-      evaluation of digits and of pictures under 64 pixels as a whole. RandAugment's posterize keeps
-      one bit at least.
+  E9  vit_digits (width 64, depth 4) and vit_cifar (width 128, depth 6) are ours; in their own rows
+      the head reads the mean of the patches. So are the digits' views (no flip; labelled images
+      without crop and RandAugment) and the evaluation of digits and of pictures under 64 pixels as
+      a whole. RandAugment's posterize keeps one bit at least.
   E10 No clipping of gradients, no mixup, no CutMix (Semiformer's code has none).
   E11 The decoder is MAE's (512 wide, 8 deep), larger than ViT-S, though the paper calls it small.
 With --accum-steps A the sums are split into A parts and nothing else: LayerNorm has no statistics
@@ -113,6 +113,7 @@ METHODS = {  # what each changes in stage semi
 }
 ARCHS = {  # name: timm's model, arguments that differ from it
     "vit_digits": ("vit_tiny_patch16_224", dict(embed_dim=64, depth=4, num_heads=4)),
+    "vit_cifar": ("vit_tiny_patch16_224", dict(embed_dim=128, depth=6, num_heads=4)),
     "vit_tiny": ("vit_tiny_patch16_224", {}),
     "vit_small": ("vit_small_patch16_224", {}),  # the paper's: "ViT-Small, 22M"
     "vit_base": ("vit_base_patch16_224", {}),
@@ -285,6 +286,10 @@ _CIFAR_SMALL_1 = dict(  # the same with 500 labels
     sup=dict(_CIFAR_SMALL["sup"], epochs=140, warmup_epochs=5),
     semi=dict(_CIFAR_SMALL["semi"], epochs=140, warmup_epochs=5, tau=0.95),
     source="measured here; not searched")
+_CIFAR_WIDE = dict(  # only its stage pretrain was measured
+    pretrain=dict(_CIFAR_SMALL["pretrain"], epochs=25, lr=1e-3),
+    sup=dict(_CIFAR_SMALL["sup"], lr=1e-3), semi=dict(_CIFAR_SMALL["semi"], lr=1e-3),
+    source="stage pretrain measured here; the others as for vit_digits, smaller steps; not tuned")
 _NETTE_SMALL = dict(  # for 64 pixels in patches of 8
     pretrain=dict(_CIFAR_SMALL["pretrain"], epochs=80, warmup_epochs=4),
     sup=dict(_CIFAR_SMALL["sup"], epochs=80, warmup_epochs=5),
@@ -301,6 +306,7 @@ RECIPES = {  # (data set, arch, init, labels %): {stage: settings that differ fr
         _SMALLER_STEPS, source="as for vit_digits, smaller steps; not tuned"),
     ("cifar10", "vit_digits", None, 10): _CIFAR_SMALL,
     ("cifar10", "vit_digits", None, 1): _CIFAR_SMALL_1,
+    ("cifar10", "vit_cifar", None, None): _CIFAR_WIDE,
     ("cifar10", None, None, None): _untuned(512, lomar_window=5),  # 8 x 8 patches
     ("cifar100", None, None, None): _untuned(512, lomar_window=5),
     ("imagenette", "vit_digits", None, 10): _NETTE_SMALL,
@@ -1578,7 +1584,7 @@ def draw_views(data, split, settings, args, run, count=10):
 
 def paper_args(args) -> SimpleNamespace:
     """The same flags on ImageNet from scratch with 10% of the labels, all that the paper has."""
-    arch = "vit_small" if args.arch in ("vit_digits", "vit_tiny") else args.arch
+    arch = "vit_small" if args.arch in ("vit_digits", "vit_cifar", "vit_tiny") else args.arch
     changed = dict(arch=arch, dataset="imagenet", labels=10, num_labels=None, labels_file=None,
                    image_size=None, patch_size=None, holdout=0, pretrain=False,
                    init="RUN" if args.stage == "semi" else None)  # of that arch

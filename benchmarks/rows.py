@@ -197,10 +197,10 @@ def _simclr(name, title, flags, long, pretrain=None):
             if own or row != "pretrain"}
 
 
-def _mae(name, data):
+def _mae(name, data, arch="vit_digits"):
     return {f"semi_mae/{name}/mae": (
         None, "MAE on all pictures",
-        f"semi_mae.py --method mae {data} --arch vit_digits --dtype bf16", 1)}
+        f"semi_mae.py --method mae {data} --arch {arch} --dtype bf16", 1)}
 
 
 def _after_mae(script, name, title, data, rows, labels=10):
@@ -219,6 +219,7 @@ ROWS |= _simclr("cifar10", "SimCLRv2 on CIFAR-10, 10% of the labels, an hour of 
                 f"{_C10} --arch resnet_digits --width 2 --labels 10", 27,
                 "simclrv2/cifar10_1/pretrain")
 ROWS |= _mae("cifar10", _C10)
+ROWS |= _mae("cifar10_wide", _C10, "vit_cifar")
 _TITLE = "Semi-ViT on CIFAR-10, 10% of the labels, minutes on a CPU"
 _SCRATCH = f"semi_vit.py {_C10} --arch vit_digits --labels 10 --evals 2"
 ROWS["semi_vit/cifar10/sup"] = (_TITLE, "from scratch: supervised stage", _SCRATCH, 1, ["sup"])
