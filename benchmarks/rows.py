@@ -203,10 +203,10 @@ def _mae(name, data, arch="vit_digits"):
         f"semi_mae.py --method mae {data} --arch {arch} --dtype bf16", 1)}
 
 
-def _after_mae(script, name, title, data, rows, labels=10):
+def _after_mae(script, name, title, data, rows, labels=10, arch="vit_digits"):
     """Rows that start from one MAE on all pictures; rows: what each is, its flags, seeds, ..."""
-    init = "{pretrain}" + "/mae_pretrain_vit_digits.pth" * (script == "semi_vit")
-    command = f"{script}.py {data} --arch vit_digits --labels {labels} --dtype bf16 --evals 2"
+    init = "{pretrain}" + f"/mae_pretrain_{arch}.pth" * (script == "semi_vit")
+    command = f"{script}.py {data} --arch {arch} --labels {labels} --dtype bf16 --evals 2"
     command += f" --init {init}"
     mae = f"semi_mae/{name.removesuffix('_1')}/mae"  # one for all fractions of labels
     return {f"{script}/{name}/{row}": (title, what, [mae, f"{command} {flags}"], seeds, *stages)
@@ -219,7 +219,6 @@ ROWS |= _simclr("cifar10", "SimCLRv2 on CIFAR-10, 10% of the labels, an hour of 
                 f"{_C10} --arch resnet_digits --width 2 --labels 10", 27,
                 "simclrv2/cifar10_1/pretrain")
 ROWS |= _mae("cifar10", _C10)
-ROWS |= _mae("cifar10_wide", _C10, "vit_cifar")
 _TITLE = "Semi-ViT on CIFAR-10, 10% of the labels, minutes on a CPU"
 _SCRATCH = f"semi_vit.py {_C10} --arch vit_digits --labels 10 --evals 2"
 ROWS["semi_vit/cifar10/sup"] = (_TITLE, "from scratch: supervised stage", _SCRATCH, 1, ["sup"])
@@ -234,16 +233,16 @@ ROWS |= _after_mae("semi_vit", "cifar10", _TITLE, _C10, {
         "EMA as well", "--method sup --epochs 164 --labeled-aug strong --ema-decay 0.998", 3)})
 
 
-def _from_sup(start, rows):
-    """Rows of stage semi alone, from the supervised stage of another row."""
-    command = f"semi_vit.py {_C10} --arch vit_digits --labels 10 --dtype bf16 --evals 2"
+def _from_sup(start, rows, arch="vit_digits"):
+    """Rows of stage semi alone, from the supervised stage of another row, under its title."""
+    command = f"semi_vit.py {_C10} --arch {arch} --labels 10 --dtype bf16 --evals 2"
     command += " --stage semi --init {pretrain}"
-    return {f"semi_vit/cifar10/{row}": (_TITLE, f"after MAE: {what}",
-                                        [f"semi_vit/cifar10/{start}", f"{command} {flags}"], seeds)
+    return {f"{start.rpartition('/')[0]}/{row}": (ROWS[start][0], f"after MAE: {what}",
+                                                  [start, f"{command} {flags}"], seeds)
             for row, (what, flags, seeds) in rows.items()}
 
 
-ROWS |= _from_sup("mae_sup", {
+ROWS |= _from_sup("semi_vit/cifar10/mae_sup", {
     "mae_labels": ("stage semi without pseudo-labels (mu = 0)", "--lambda-u 0", 1),
     "mae_fixmatch": ("FixMatch (m = 0, no mixing)", "--method fixmatch", 3),
     "mae_none": ("EMA-Teacher, no mixing", "--unlabeled-mix none", 1),
@@ -252,10 +251,23 @@ ROWS |= _from_sup("mae_sup", {
     "mae_prob5": ("Semi-ViT, five unlabelled pictures a labelled one, ten epochs",
                   "--unlabeled-ratio 5 --epochs 10", 2),
     "mae_prob": ("Semi-ViT", "", 3)})
-ROWS |= _from_sup("mae_sup150", {
+ROWS |= _from_sup("semi_vit/cifar10/mae_sup150", {
     "mae_labels150": ("stage semi without pseudo-labels (mu = 0), 3 epochs from those 150",
                       "--epochs 3 --lambda-u 0", 2),
     "mae_prob150": ("Semi-ViT, 3 epochs from those 150", "--epochs 3", 3)})
+ROWS |= _mae("cifar10_wide", _C10, "vit_cifar")
+ROWS |= _after_mae(
+    "semi_vit", "cifar10_wide", "Semi-ViT on CIFAR-10, 10% of the labels, 1.2 million weights, an "
+    "hour of a CPU", _C10, {
+        "mae_sup": ("after MAE: supervised stage", "--method sup --epochs 34", 3),
+        "mae_sup_long": (f"after MAE: {_LONG}", "--method sup --epochs 48", 3),
+        "mae_sup_long_strong": (f"after MAE: {_LONG}, with RandAugment",
+                                "--method sup --epochs 48 --labeled-aug strong", 3)},
+    arch="vit_cifar")
+ROWS |= _from_sup("semi_vit/cifar10_wide/mae_sup", {
+    "mae_labels": ("stage semi without pseudo-labels (mu = 0)", "--lambda-u 0", 1),
+    "mae_fixmatch": ("FixMatch (m = 0, no mixing)", "--method fixmatch", 1),
+    "mae_prob": ("Semi-ViT", "", 3)}, "vit_cifar")
 ROWS |= _after_mae(
     "semi_vit", "cifar10_1", "Semi-ViT on CIFAR-10, 1% of the labels, minutes on a CPU", _C10, {
         "mae_sup": ("after MAE: supervised stage", "", 3, ["sup"]),

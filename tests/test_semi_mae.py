@@ -1513,6 +1513,15 @@ def test_dry_run_names_the_papers_row_where_there_is_one(monkeypatch):
     assert "init RUN," in M.dry_run(parse("--stage semi --init old")).split("\n== ")[1]
 
 
+@pytest.mark.parametrize("labels", [1, 10])
+def test_vit_cifar_has_its_own_pretraining_and_no_row_of_the_paper(labels):
+    flags = f"--dataset cifar10 --arch vit_cifar --labels {labels}"
+    s = derived(flags, "pretrain")
+    assert (s.epochs, s.lr, s.batch_size, s.dec_dim) == (25, 1e-3, 256, 64)
+    assert derived(flags, "semi").lr == 1e-3
+    assert M.paper_args(parse(flags)).arch == "vit_small" and M.paper_number(parse(flags)) is None
+
+
 def test_the_command_on_imagenet_keeps_every_flag_that_changes_the_numbers():
     text = ("--stage semi --mim lomar --follow D1=paper --unlabeled-pool rest --tau semi=0.9 "
             "--epochs 5 --init old.pth")

@@ -867,6 +867,22 @@ def test_position_embedding_is_fixed_from_scratch_and_learnt_otherwise():
     assert torch.equal(scratch.pos_embed, S.sincos_pos_embed(192, 4))
 
 
+@pytest.mark.parametrize("arch, width, weights", [
+    # patches, class token, positions, blocks (qkv, projection, MLP, two norms), last norm, head
+    ("vit_digits", 64, 3136 + 64 + 65 * 64 + 4 * (12480 + 4160 + 16640 + 16448 + 256) + 128 + 650),
+    ("vit_cifar", 128,
+     6272 + 128 + 65 * 128 + 6 * (49536 + 16512 + 66048 + 65664 + 512) + 256 + 1290)])
+def test_our_small_networks_are_those_of_e9(arch, width, weights):
+    torch.manual_seed(0)
+    model = S.build_model(parse(f"--dataset cifar10 --arch {arch}"), K)
+    assert sum(p.numel() for p in model.parameters()) == weights
+    assert model.pos_embed.requires_grad and tuple(model.pos_embed.shape) == (1, 65, width)
+    bound = math.sqrt(6 / (width + 4 * width))  # Xavier's
+    fc1 = model.blocks[1].mlp.fc1.weight.abs()
+    assert 0.99 * bound < fc1.max().item() <= bound
+    assert fc1.mean().item() == pytest.approx(bound / 2, rel=0.02)
+
+
 def test_initial_weights_have_the_authors_scale():
     torch.manual_seed(0)
     model = S.build_model(parse("--arch vit_base"), 1000)
@@ -1224,6 +1240,7 @@ def test_the_tables_above_have_all_cells():
     ("--dataset cifar10 --arch vit_digits --init mae.pth --labels 10", "strong", "weak"),
     ("--dataset cifar10 --arch vit_digits --init mae.pth --labels 1", "strong", "strong"),
     ("--dataset cifar10 --arch vit_digits --labels 10", "strong", "strong"),
+    ("--dataset cifar10 --arch vit_cifar --init mae.pth --labels 10", "weak", "weak"),
     ("--dataset imagenette --arch vit_digits --init mae.pth", "strong", "strong")])
 def test_labelled_views_of_the_small_recipes_are_those_of_e11(flags, sup, semi):
     assert settings(flags, "sup").labeled_aug == sup
@@ -1650,6 +1667,8 @@ def test_published_file_names_choose_the_column_of_the_tables(file, kind):
 
 
 def test_the_printed_imagenet_command_gives_the_number_beside_it():
+    for arch in S.OURS:  # the paper has neither
+        assert S.paper_args(parse(f"--dataset cifar10 --arch {arch}")).arch == "vit_base"
     for flags in (
         "--unlabeled-mix mixup", "--tau 0.3", "--ema-decay semi=0.999", "--method ema_teacher", ""
     ):
