@@ -1517,6 +1517,7 @@ def test_dry_run_names_the_papers_row_where_there_is_one(monkeypatch):
 def test_vit_cifar_has_its_own_pretraining_and_no_row_of_the_paper(labels):
     flags = f"--dataset cifar10 --arch vit_cifar --labels {labels}"
     s = derived(flags, "pretrain")
+    assert M.ARCHS["vit_cifar"][1] == dict(embed_dim=128, depth=6, num_heads=4)  # as in semi_vit.py
     assert (s.epochs, s.lr, s.batch_size, s.dec_dim) == (25, 1e-3, 256, 64)
     assert derived(flags, "semi").lr == 1e-3
     assert M.paper_args(parse(flags)).arch == "vit_small" and M.paper_number(parse(flags)) is None

@@ -881,6 +881,12 @@ def test_our_small_networks_are_those_of_e9(arch, width, weights):
     fc1 = model.blocks[1].mlp.fc1.weight.abs()
     assert 0.99 * bound < fc1.max().item() <= bound
     assert fc1.mean().item() == pytest.approx(bound / 2, rel=0.02)
+    assert model.blocks[0].attn.num_heads == 4 and model.global_pool == "avg"
+
+
+@pytest.mark.parametrize("arch", ["vit_digits", "vit_cifar"])
+def test_the_command_on_imagenet_has_a_network_of_the_paper(arch):
+    assert S.paper_args(parse(f"--dataset cifar10 --arch {arch}")).arch == "vit_base"
 
 
 def test_initial_weights_have_the_authors_scale():
@@ -1667,8 +1673,6 @@ def test_published_file_names_choose_the_column_of_the_tables(file, kind):
 
 
 def test_the_printed_imagenet_command_gives_the_number_beside_it():
-    for arch in S.OURS:  # the paper has neither
-        assert S.paper_args(parse(f"--dataset cifar10 --arch {arch}")).arch == "vit_base"
     for flags in (
         "--unlabeled-mix mixup", "--tau 0.3", "--ema-decay semi=0.999", "--method ema_teacher", ""
     ):
