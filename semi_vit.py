@@ -46,8 +46,8 @@ chosen with --follow. The rest, decided once:
       a learnable position embedding. So are the digits' views (no flip) and the evaluation of
       pictures under 64 pixels as a whole; RandAugment's posterize keeps one bit at least.
   E10 An update that the fp16 scaler skips leaves the EMA alone too; in the authors' code it moves.
-  E11 --labeled-aug weak is ours: App. A has RandAugment on labelled images too, which ours of E9
-      are slow to fit. The digits' recipe leaves it out; those for CIFAR-10 at 10% after pretraining
+  E11 --labeled-aug weak is ours: App. A has RandAugment on labelled images too, which our networks
+      (E9) are slow to fit. The digits' recipe leaves it out; those for CIFAR-10 at 10% after pretraining
       do so in stage semi, vit_cifar's in stage sup as well.
   E12 prob needs neither --mixup nor --cutmix; in the authors' code one of them at 0 makes every
       pair the other kind, both at 0 turn prob off.
@@ -681,7 +681,7 @@ def build_model(args, num_classes: int, drop_path: float = 0.0, pretrained=True)
         if args.init == "timm":
             return model
         nn.init.trunc_normal_(model.cls_token, std=0.02)  # timm today: 1e-6; at the time: 0.02
-        if args.arch in OURS:  # E9: at width 64, std 0.02 is so small that it costs ten points
+        if args.arch in OURS:  # E9: std 0.02 costs ten points at width 64 (at 128: not measured)
             for p in model.blocks.parameters():
                 if p.ndim == 2:
                     nn.init.xavier_uniform_(p)
