@@ -47,8 +47,8 @@ chosen with --follow. The rest, decided once:
       pictures under 64 pixels as a whole; RandAugment's posterize keeps one bit at least.
   E10 An update that the fp16 scaler skips leaves the EMA alone too; in the authors' code it moves.
   E11 --labeled-aug weak is ours: App. A has RandAugment on labelled images too, which our networks
-      (E9) are slow to fit. The digits' recipe leaves it out; those for CIFAR-10 at 10% after pretraining
-      do so in stage semi, vit_cifar's in stage sup as well.
+      (E9) are slow to fit. The digits' recipe leaves it out; those for CIFAR-10 at 10% after
+      pretraining do so in stage semi, vit_cifar's in stage sup as well.
   E12 prob needs neither --mixup nor --cutmix; in the authors' code one of them at 0 makes every
       pair the other kind, both at 0 turn prob off.
   E13 MoCo-v3's ViT-S has 12 heads, as it was pretrained; the authors' ViT-S has 6, and the paper
